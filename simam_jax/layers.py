@@ -1,0 +1,200 @@
+"""The layers that attention and networks are made of, with PyTorch's arithmetic, padding and initial values.
+
+Every layer computes in the dtype of its input; parameters and statistics are float32 (float64 for a float64 input).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from simam_jax.errors import UserError
+
+Initializer = Callable[..., jax.Array]
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within +-1/sqrt(fan_in)
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """float64 for float64, float32 for everything narrower: the dtype of parameters and statistics."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    """Convolution of x (N, H, W, C) with kernel (K, K, C / groups, O), `padding` zeros on every side."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+class Conv(nn.Module):
+    """Convolution without bias, (N, H, W, C) -> (N, ceil(H / stride), ceil(W / stride), features).
+
+    The padding is kernel_size // 2 on every side (the kernel is odd), as in PyTorch; XLA's "SAME" differs at stride 2.
+    """
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    groups: int = 1
+    kernel_init: Initializer = he_normal
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, at_least_float32(x.dtype))
+        return convolve(x, kernel.astype(x.dtype), self.stride, self.kernel_size // 2, self.groups)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias, (..., C) -> (..., features). `bias_init` None: PyTorch's, uniform within +-1/sqrt(C)."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Initializer = torch_uniform
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in, dtype = x.shape[-1], at_least_float32(x.dtype)
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features), dtype)
+        y = x @ kernel.astype(x.dtype)
+        if not self.use_bias:
+            return y
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            bound = fan_in**-0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        bias = self.param("bias", self.bias_init or uniform, (self.features,), dtype)
+        return y + bias.astype(x.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization over all but the last axis, with statistics over groups of a chosen number of images.
+
+    With N images on this device, `group_size` g means: 0, one group of the N images; g <= N, N / g groups of
+    neighbouring images; g > N, the images of g / N neighbouring devices together (of all: synchronised batch norm).
+    Each group is normalised by its own statistics. The running statistics are those of this device's groups,
+    averaged; averaging over devices is left to the training step. The running variance is the unbiased one, and
+    `momentum` is what is kept of the old value (1 - PyTorch's momentum).
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    group_size: int = 0
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Normalises x (N, ..., C); with `train` by the batch's statistics, updating the collection "batch_stats".
+
+        Raises:
+            UserError: the images cannot be grouped as asked for, or a group holds one value per channel only.
+        """
+        shape, dtype = x.shape[-1:], at_least_float32(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+
+        if not train:
+            factor = lax.rsqrt(running_var.value + self.epsilon) * scale
+            return ((x.astype(dtype) - running_mean.value) * factor + bias).astype(x.dtype)
+
+        groups, devices = self._groups(x.shape[0])
+        grouped = x.astype(dtype).reshape(groups, x.shape[0] // groups, -1, shape[0])
+        count = grouped.shape[1] * grouped.shape[2] * devices
+        if count == 1:
+            raise UserError(
+                "Batch norm cannot take statistics over one value per channel: train on more images or larger ones."
+            )
+        # The running mean as a shift keeps the one-pass variance from cancelling when the mean is large.
+        shifted = grouped - running_mean.value
+        moments = jnp.stack([shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2))])
+        shifted_mean, square = _mean_over_neighbours(moments, devices, self.axis_name)
+        mean = running_mean.value + shifted_mean
+        var = jnp.maximum(square - jnp.square(shifted_mean), 0)
+
+        if not self.is_initializing():
+            keep, unbiased = self.momentum, count / (count - 1)
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(0)
+            running_var.value = keep * running_var.value + (1 - keep) * unbiased * var.mean(0)
+        factor = lax.rsqrt(var + self.epsilon) * scale
+        y = (grouped - mean[:, None, None]) * factor[:, None, None] + bias
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def _groups(self, images: int) -> tuple[int, int]:
+        """(groups on this device, devices that share one group)."""
+        size = self.group_size or images
+        if images % size == 0:
+            return images // size, 1
+        axis_size = lax.axis_size(self.axis_name) if self.axis_name else 1
+        if size % images == 0 and axis_size % (size // images) == 0:
+            return 1, size // images
+        raise UserError(
+            f"Batch norm over {size} images cannot be made of {images} images on each of {axis_size} devices: "
+            f"take 0, a divisor of {images}, or {images} times a divisor of {axis_size}."
+        )
+
+
+def _mean_over_neighbours(x: jax.Array, devices: int, axis_name: str | None) -> jax.Array:
+    """x averaged over groups of `devices` neighbours on the mesh axis."""
+    if devices == 1 or axis_name is None:
+        return x
+    if devices == lax.axis_size(axis_name):
+        return lax.pmean(x, axis_name)
+    # shard_map's check_vma knows no axis_index_groups; these are a few kilobytes.
+    everywhere = lax.all_gather(x, axis_name)
+    first = lax.axis_index(axis_name) // devices * devices
+    return lax.dynamic_slice_in_dim(everywhere, first, devices).mean(0)
+
+
+class Dropout(nn.Module):
+    """Zeroes each value with probability `rate` in training and scales the others by 1 / (1 - rate).
+
+    Each image of x (N, ...) draws from a key of its own, folded with its index in the batch over all devices of
+    `axis_name`: the masks do not depend on the number of devices.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        first = lax.axis_index(self.axis_name) * x.shape[0] if self.axis_name else 0
+        key = self.make_rng("dropout")
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(x.shape[0]))
+        keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 max pooling at stride 2, (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), C); the border never wins."""
+    padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows the named paddings only
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """2x2 average pooling at stride 2, (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), C).
+
+    The last window of an odd edge averages what is there.
+    """
+    padding: Any = ((0, x.shape[1] % 2), (0, x.shape[2] % 2))
+    return nn.avg_pool(x, (2, 2), strides=(2, 2), padding=padding, count_include_pad=False)
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """(N, H, W, C) -> (N, C), in float32 at least."""
+    return x.astype(at_least_float32(x.dtype)).mean((1, 2))

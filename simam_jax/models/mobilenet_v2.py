@@ -1,0 +1,43 @@
+"""MobileNetV2 (Sandler et al., CVPR 2018), for ImageNet and for CIFAR."""
+
+from functools import partial
+
+import jax
+from flax import linen as nn
+
+from simam_jax.layers import Linear, he_normal, torch_uniform
+from simam_jax.models.blocks import InvertedResidual
+from simam_jax.models.network import Network
+
+# Table 2 of the paper: expansion, width, blocks, stride of the first block.
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+class MobileNetV2(Network, kw_only=True):
+    """Seven stages of inverted residuals. The CIFAR form has stride 1 in the stem and in the second stage."""
+
+    cifar: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, features: bool = False):
+        if self.cifar:
+            layers, activation = self.layers(kernel_init=torch_uniform), nn.relu
+        else:
+            linear = partial(Linear, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
+            layers, activation = self.layers(kernel_init=he_normal, linear=linear), nn.relu6
+        conv, norm, stages, index = layers.conv, layers.norm, {}, 0
+
+        x = conv(32, 3, 1 if self.cifar else 2, name="conv1")(self.cast(x))
+        x = activation(norm(name="bn1")(x, train))
+        for stage, (expansion, width, size, stride) in enumerate(STAGES):
+            if self.cifar and stage == 1:
+                stride = 1
+            for i in range(size):
+                block = InvertedResidual(
+                    layers, width, stride if i == 0 else 1, expansion, self.cifar, name=f"layers_{index}"
+                )
+                x, index = block(x, train), index + 1
+            stages[f"layer{stage + 1}"] = x
+        x = activation(norm(name="bn2")(conv(1280, name="conv2")(x), train))
+        logits = self.classify(layers, x)
+        return (logits, stages) if features else logits

@@ -1,0 +1,44 @@
+"""What all networks share: how they are called, what they are told, how they end."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from simam_jax.errors import UserError
+from simam_jax.layers import global_average
+from simam_jax.models.blocks import Layers
+
+
+class Network(nn.Module, kw_only=True):
+    """A classifier of images: `model.apply(variables, x, train=False, features=False)`.
+
+    x is (N, H, W, 3), floating and normalised. The logits are (N, num_classes), float32 (float64 if `dtype` is).
+    With `features` the result is (logits, {"layer1": (N, H1, W1, C1), ...}), the output of each stage in `dtype`.
+    With `train`, batch norm uses the batch's statistics and "batch_stats" must be mutable; networks with dropout
+    also need `rngs={"dropout": key}`.
+    """
+
+    num_classes: int
+    attention: str = "none"  # none, simam, se, cbam
+    attention_param: float = 0.0  # simam: lambda; se, cbam: reduction
+    dtype: jnp.dtype = jnp.dtype("float32")  # of the computation; parameters are float32 (float64 if dtype is)
+    bn_group_size: int = 0  # images per batch-norm statistic; see layers.BatchNorm
+    axis_name: str | None = None  # the mesh axis that the batch is cut over, where there is one
+
+    @nn.nowrap
+    def layers(self, **changes) -> Layers:
+        return Layers(self.attention, self.attention_param, self.bn_group_size, self.axis_name, **changes)
+
+    @nn.nowrap
+    def cast(self, x: jax.Array) -> jax.Array:
+        """The input in `dtype`. Raises UserError where it is no batch of images."""
+        if x.ndim != 4 or x.shape[-1] != 3:
+            raise UserError(f"A network takes images (N, H, W, 3), got the shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"A network takes normalised floating-point images, got {x.dtype}.")
+        return x.astype(self.dtype)
+
+    @nn.nowrap
+    def classify(self, layers: Layers, x: jax.Array, **changes) -> jax.Array:
+        """(N, H, W, C) -> logits (N, num_classes) from the means of the channels."""
+        return layers.linear(self.num_classes, name="fc", **changes)(global_average(x))

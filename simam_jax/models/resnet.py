@@ -1,0 +1,47 @@
+"""ResNets with post-activation, for ImageNet and CIFAR (He et al., CVPR 2016), ResNeXt and ResNet-D."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from simam_jax.layers import Initializer, he_normal, max_pool
+from simam_jax.models.blocks import Layers
+from simam_jax.models.network import Network
+
+
+class ResNet(Network, kw_only=True):
+    """Stages of equal blocks; each stage but the first halves height and width, and each doubles the channels."""
+
+    stage_sizes: tuple[int, ...]  # blocks in each stage
+    block: Callable[..., Any]  # BasicBlock or Bottleneck
+    width: int = 64  # of the first stage
+    stem: str = "7x7"  # 7x7 and deep (three 3x3) bring a quarter of the size; 3x3 keeps it
+    kernel_init: Initializer = he_normal
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, features: bool = False):
+        layers, stages = self.layers(kernel_init=self.kernel_init), {}
+        x = self._stem(layers, self.cast(x), train)
+        for stage, size in enumerate(self.stage_sizes):
+            for i in range(size):
+                stride = 2 if stage > 0 and i == 0 else 1
+                x = self.block(layers, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train)
+            stages[f"layer{stage + 1}"] = x
+        logits = self.classify(layers, x)
+        return (logits, stages) if features else logits
+
+    @nn.nowrap
+    def _stem(self, layers: Layers, x: jax.Array, train: bool) -> jax.Array:
+        conv, norm, width = layers.conv, layers.norm, self.width
+        if self.stem == "deep":
+            x = nn.relu(norm(name="conv1_1")(conv(width // 2, 3, 2, name="conv1_0")(x), train))
+            x = nn.relu(norm(name="conv1_4")(conv(width // 2, 3, name="conv1_3")(x), train))
+            x = conv(width, 3, name="conv1_6")(x)
+        elif self.stem == "7x7":
+            x = conv(width, 7, 2, name="conv1")(x)
+        else:
+            x = conv(width, 3, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x, train))
+        return x if self.stem == "3x3" else max_pool(x)
