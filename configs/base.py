@@ -1,10 +1,27 @@
-"""Every field of a run, with its unit and meaning: the ImageNet recipe of the paper, for ResNet-50.
+"""Every field of a run, with its unit and meaning: the paper's ImageNet recipe, for ResNet-50.
 
 A recipe imports this and overrides; it adds no field. On the command line any field is `--config.FIELD=VALUE`
 (`--config.model.attention=se`). Epochs may be fractions. 0, "" and None mean "off" or "the default", as said.
 """
 
 from ml_collections import ConfigDict, config_dict
+
+from simam_jax import errors
+
+
+def with_argument(config: ConfigDict, argument: str) -> ConfigDict:
+    """`config` changed by what follows a recipe's name: `NAME.py:attention=se`, or `NAME.py:model=resnet152,attention=none`.
+
+    Raises:
+        UserError: an argument that is neither `model` nor `attention`.
+    """
+    fields = {"model": "name", "attention": "attention"}
+    for part in filter(None, argument.split(",")):
+        key, _, value = part.partition("=")
+        if key not in fields or not value:
+            raise errors.unknown("argument after the config's name", part, [f"{name}=..." for name in fields])
+        config.model[fields[key]] = value
+    return config
 
 
 def get_config() -> ConfigDict:

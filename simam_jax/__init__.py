@@ -1,0 +1,30 @@
+"""SimAM, the parameter-free attention module for ConvNets (Yang et al., ICML 2021), in JAX and Flax."""
+
+import importlib
+
+from simam_jax.attention import CBAM, SimAM, SqueezeExcite, simam, simam_weights
+from simam_jax.errors import UserError
+from simam_jax.models import create_model, list_models
+
+__version__ = "0.1.0"
+__all__ = [
+    "CBAM",
+    "SimAM",
+    "SqueezeExcite",
+    "UserError",
+    "create_model",
+    "list_models",
+    "load",
+    "load_torch",
+    "simam",
+    "simam_weights",
+]
+
+# Loaded on first use: what they import takes longer than the rest together.
+_LAZY = {"load": "simam_jax.training.checkpoints", "load_torch": "simam_jax.convert"}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'simam_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
