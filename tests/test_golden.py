@@ -1,0 +1,167 @@
+"""Every number that the original printed, from the same weights (tests/golden): the networks are equal to it.
+
+In float64 everything agrees to 1e-7 of its size. What is zero in theory (the gradient of a bias before a batch norm) is
+rounding noise on both sides and must be below 1e-9.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from simam_jax.convert import from_torch, to_torch, torch_names
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+
+
+def model_name(case: dict) -> str:
+    """Our name of the case's network."""
+    if case["dataset"] == "imagenet":
+        return case["arch"]
+    arch = case["arch"].replace("mobilenetv2", "mobilenet_v2")
+    return f"cifar_{arch}{'_bottleneck' if case['block'].endswith('bottlenect') else ''}"
+
+
+def read_case(name: str) -> tuple[dict, dict]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return json.loads((GOLDEN / f"{name}.json").read_text()), dict(arrays)
+
+
+def golden_state(entries: list) -> dict[str, np.ndarray]:
+    """The weights of a case: entry i of its state_dict is drawn from default_rng(1000 + i)."""
+    state = {}
+    for i, (key, shape) in enumerate(entries):
+        rng = np.random.default_rng(1000 + i)
+        if len(shape) > 1:
+            value = rng.standard_normal(shape, dtype=np.float32) * np.float32(np.sqrt(1.0 / np.prod(shape[1:])))
+        elif key.endswith("running_var") or (key.endswith("weight")):
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = 0.1 * rng.standard_normal(shape)
+        state[key] = value.astype(np.float32)
+    return state
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1)
+
+
+def golden_images(case: dict, seed: int = 7) -> tuple[np.ndarray, np.random.Generator]:
+    rng = np.random.default_rng(seed)
+    size = case["image_size"]
+    return nhwc(rng.standard_normal((case["batch"], 3, size, size), dtype=np.float32)), rng
+
+
+def build(case: dict, dtype: str):
+    model, variables = from_torch(
+        golden_state(case["state_dict"]),
+        model_name(case),
+        attention=case["attention"],
+        attention_param=case["attention_param"],
+        dtype=dtype,
+    )
+    # The original's numbers of the wide networks are without dropout.
+    return model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model, variables
+
+
+def make_train(model):
+    """(variables, images, labels) -> loss, logits, updated statistics and gradients, in one program."""
+
+    def loss_fn(params, variables, x, labels):
+        logits, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, (logits, updates["batch_stats"])
+
+    def train(variables, x, labels):
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (logits, stats)), grads = gradient(variables["params"], variables, x, labels)
+        return loss, logits, stats, grads
+
+    return jax.jit(train)
+
+
+def norms(tree: dict, name: str, attention: str) -> dict[str, float]:
+    """The L2 norm of every array, by the original's names."""
+    flat = flatten_dict(tree)
+    return {key: float(jnp.linalg.norm(flat[path])) for path, key in torch_names(flat, name, attention).items()}
+
+
+def assert_close(actual, golden, what: str):
+    """Within 1e-7 of the array's largest value, or 1e-9 where that is zero."""
+    np.testing.assert_allclose(actual, golden, rtol=0, atol=max(1e-7 * np.abs(golden).max(), 1e-9), err_msg=what)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float64_equals_original(name: str):
+    case, golden = read_case(name)
+    with jax.enable_x64(True):
+        model, variables = build(case, "float64")
+        x, labels = golden_images(case)[0], np.array(case["labels"])
+        assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == case["params"]
+        predict = jax.jit(partial(model.apply, train=False))
+        assert_close(predict(variables, x), golden["eval_logits"], "eval logits")
+
+        train = make_train(model)
+        loss, logits, stats, grads = train(variables, x, labels)
+        assert_close(logits, golden["train_logits"], "train logits")
+        assert_close(loss, case["train_loss"], "loss")
+        mapped = partial(norms, name=model_name(case), attention=case["attention"])
+        for kind, ours, theirs in (
+            ("gradient", mapped({"params": grads}), case["grad_l2"]),
+            ("running statistic", mapped({"batch_stats": stats}), case["bn_after_one_train_forward_l2"]),
+        ):
+            assert ours.keys() == theirs.keys()
+            for key in theirs:
+                assert_close(ours[key], theirs[key], f"{kind} {key}")
+        first = to_torch({"params": grads}, model_name(case), attention=case["attention"])[case["grad_first_key"]]
+        assert_close(first, golden["grad_first"], "first gradient")
+
+        if "sgd_losses" in case:
+            losses, variables = sgd(train, variables, case)
+            np.testing.assert_allclose(losses, case["sgd_losses"], rtol=1e-7)
+            assert_close(predict(variables, x), golden["eval_logits_after_sgd"], "eval logits after SGD")
+
+
+def sgd(train, variables, case):
+    """The losses of the case's SGD steps and the variables after them."""
+    settings = case["sgd"]
+    optimizer = optax.chain(
+        optax.add_decayed_weights(settings["weight_decay"]), optax.sgd(settings["lr"], settings["momentum"])
+    )
+    update = jax.jit(optimizer.update)
+    state, losses = optimizer.init(variables["params"]), []
+    for step in range(len(case["sgd_losses"])):
+        x, rng = golden_images(case, seed=500 + step)
+        labels = rng.integers(0, case["num_classes"], case["batch"])
+        loss, _, stats, grads = train(variables, x, labels)
+        updates, state = update(grads, state, variables["params"])
+        variables = {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}
+        losses.append(float(loss))
+    return losses, variables
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_eval_logits_equal_original(name: str):
+    case, golden = read_case(name)
+    model, variables = build(case, "float32")
+    logits = jax.jit(partial(model.apply, train=False))(variables, golden_images(case)[0])
+    assert logits.dtype == jnp.float32
+    error = np.abs(logits - golden["eval_logits"]).max() / np.abs(golden["eval_logits"]).max()
+    assert error < 2e-5
+
+
+def test_a_wrong_lambda_shows():
+    """The comparison above is sharp: a lambda that is off by 1 % fails it."""
+    case, golden = read_case("cifar-resnet20-basic-simam-0.0001")
+    with jax.enable_x64(True):
+        model, variables = build(case | {"attention_param": 1.01e-4}, "float64")
+        logits = model.apply(variables, golden_images(case)[0])
+        with pytest.raises(AssertionError):
+            assert_close(logits, golden["eval_logits"], "eval logits")
