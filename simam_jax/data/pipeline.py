@@ -1,7 +1,5 @@
 """Order, sharding, batching, prefetch: everything is keyed by the step, so that resuming is starting a range later."""
 
-import functools
-import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,52 +21,61 @@ def train_batches(
 ) -> Iterator[Batch]:
     """See `simam_jax.data.train_batches`."""
     split = open_split(config, config.train_split)
-    rows = _host_rows(global_batch_size, process_index, process_count)
+    share = _host_share(global_batch_size, process_count)
     decode = _train_decode(config)
-    permutation = functools.lru_cache(maxsize=2)(functools.partial(_permutation, split.num_examples, seed))
 
-    def examples_of(step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, index) of this host's rows."""
-        epochs, places = np.divmod(step * global_batch_size + rows, split.num_examples)
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            indices[epochs == epoch] = permutation(int(epoch))[places[epochs == epoch]]
-        return epochs, indices
+    def positions(step: int) -> tf.data.Dataset:
+        first_epoch, first_place = divmod(step * global_batch_size, split.num_examples)
 
-    return _batches(split, decode, seed, examples_of, start_step, None, config.prefetch)
+        def epoch_positions(epoch: tf.Tensor) -> tf.data.Dataset:
+            start = tf.where(epoch == first_epoch, tf.constant(first_place, tf.int64), 0)
+            order = _permutation(split.num_examples, seed, epoch)[start:]
+            return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(order), epoch), order))
+
+        return tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max).flat_map(epoch_positions)
+
+    def examples(step: int) -> tf.data.Dataset:
+        return _rows_of_host(positions(step), share, process_index, process_count)
+
+    return _batches(split, decode, seed, examples, start_step, share, config.prefetch)
 
 
-def eval_batches(
-    config: ConfigDict, global_batch_size: int, process_index: int, process_count: int
-) -> Iterator[Batch]:
+def eval_batches(config: ConfigDict, global_batch_size: int, process_index: int, process_count: int) -> Iterator[Batch]:
     """See `simam_jax.data.eval_batches`."""
     split = open_split(config, config.eval_split)
-    rows = _host_rows(global_batch_size, process_index, process_count)
+    share = _host_share(global_batch_size, process_count)
     num_steps = -(-split.num_examples // global_batch_size)
 
     def decode(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:  # noqa: ARG001
         return images.eval_image(encoded, image_size=config.image_size, eval_resize=config.eval_resize)
 
-    def examples_of(step: int) -> tuple[np.ndarray, np.ndarray]:
-        places = step * global_batch_size + rows
-        return np.zeros_like(places), np.minimum(places, split.num_examples - 1)
+    def examples(step: int) -> tf.data.Dataset:
+        positions = tf.data.Dataset.range(step * global_batch_size, num_steps * global_batch_size)
+        last = split.num_examples - 1
+        positions = positions.map(lambda position: (tf.constant(0, tf.int64), tf.minimum(position, last)))
+        return _rows_of_host(positions, share, process_index, process_count)
 
-    for step, batch in enumerate(_batches(split, decode, 0, examples_of, 0, num_steps, config.prefetch)):
-        batch["mask"] = (step * global_batch_size + rows < split.num_examples).astype(np.float32)
-        yield batch
+    for step, batch in enumerate(_batches(split, decode, 0, examples, 0, share, config.prefetch)):
+        places = step * global_batch_size + process_index * share + np.arange(share)
+        yield {**batch, "mask": (places < split.num_examples).astype(np.float32)}
 
 
-def _host_rows(global_batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+def _host_share(global_batch_size: int, process_count: int) -> int:
     if global_batch_size % process_count:
-        raise UserError(f"A batch of {global_batch_size} cannot be divided among {process_count} hosts.")
-    share = global_batch_size // process_count
-    return process_index * share + np.arange(share, dtype=np.int64)
+        raise UserError(f"A batch of {global_batch_size} images cannot be divided among {process_count} hosts.")
+    return global_batch_size // process_count
 
 
-def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch. NumPy promises that a bit generator's raw stream never changes, so nor does the order."""
-    noise = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_examples)
-    return np.argsort(noise, kind="stable")
+def _rows_of_host(positions: tf.data.Dataset, share: int, process_index: int, process_count: int) -> tf.data.Dataset:
+    """Of each global batch the `share` rows of this host."""
+    return positions.batch(share).shard(process_count, process_index).unbatch()
+
+
+def _permutation(num_examples: int, seed: int, epoch: tf.Tensor) -> tf.Tensor:
+    """The order of an epoch, int64 (num_examples,)."""
+    key = tf.stack((tf.constant(seed, tf.int64), -1 - epoch))  # negative: no example's key
+    noise = tf.random.stateless_uniform((num_examples,), key, None, None, tf.int64, alg="philox")
+    return tf.cast(tf.argsort(noise, stable=True), tf.int64)
 
 
 def _train_decode(config: ConfigDict) -> Decode:
@@ -110,31 +117,19 @@ def _batches(
     split: Split,
     decode: Decode,
     seed: int,
-    examples_of: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    examples: Callable[[int], tf.data.Dataset],
     start_step: int,
-    num_steps: int | None,
+    share: int,
     prefetch: int,
 ) -> Iterator[Batch]:
     """The batches of consecutive steps; reading and decoding run in tf.data's threads, in order."""
 
-    def read(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        encoded, label = split.read(int(index))
-        return np.array(encoded, object), np.array(label, np.int32)
-
     def load(epoch: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded, label = tf.numpy_function(read, [index], (tf.string, tf.int32), stateful=False)
-        encoded, label = tf.ensure_shape(encoded, ()), tf.ensure_shape(label, ())
+        encoded, label = split.read(index)
         return {"image": decode(encoded, tf.stack((tf.constant(seed, tf.int64), epoch * 2**32 + index))), "label": label}
 
-    def examples(step: tf.Tensor) -> tf.data.Dataset:
-        keys = tf.numpy_function(lambda step: examples_of(int(step)), [step], (tf.int64, tf.int64), stateful=False)
-        return tf.data.Dataset.from_tensor_slices(tuple(tf.ensure_shape(key, (share,)) for key in keys))
-
-    share = len(examples_of(0)[0])
-    stop = np.iinfo(np.int64).max if num_steps is None else num_steps
     dataset = (
-        tf.data.Dataset.range(start_step, stop)
-        .flat_map(examples)
+        examples(start_step)
         .map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .batch(share, drop_remainder=True)
         .prefetch(prefetch)

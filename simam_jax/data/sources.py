@@ -1,17 +1,22 @@
-"""Where images come from: for every source, how to get from an example's index to its encoded bytes and label."""
+"""Where images come from: for every source, how to get from an example's index to its encoded bytes and label.
+
+Reading is TensorFlow ops alone. A Python function inside tf.data would hold the interpreter's lock on every core, and
+deadlocks a process that ends while an endless stream is open.
+"""
 
 import difflib
 import functools
+import io
 import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from simam_jax import errors
+from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.errors import UserError
 
 SYNTHETIC_CLASSES = 1000
@@ -24,7 +29,7 @@ class Split:
 
     num_examples: int
     class_names: tuple[str, ...]
-    read: Callable[[int], tuple[bytes, int]]  # index -> encoded image, label
+    read: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # int64 index -> encoded image, int32 label
     name: Callable[[int], str]  # index -> what a message calls it
 
 
@@ -73,7 +78,6 @@ def _open_digits(config: ConfigDict, split: str) -> Split:
 
 def _builder_split(builder, split: str) -> Split:
     """A split of a prepared TFDS builder with the features `image` and `label`."""
-    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     try:
@@ -89,64 +93,74 @@ def _builder_split(builder, split: str) -> Split:
             f"{builder.info.full_name} is no classification data set: it needs the features 'image' (Image) and "
             f"'label' (ClassLabel), and has {', '.join(features)}."
         )
-    record, num_examples = _records(info.file_instructions)
+    if builder.info.file_format is not tfds.core.FileFormat.TFRECORD:
+        raise UserError(
+            f"{builder.data_dir} was prepared as {builder.info.file_format.value}; only tfrecord, TFDS's default, can be "
+            f"read. Prepare it again: python -m simam_jax.data.prepare {builder.info.full_name} --data_dir ANOTHER_DIR"
+        )
+    files = [file.filename for file in info.file_instructions]
+    offsets = [_record_offsets(file.filename)[file.skip : file.skip + file.take] for file in info.file_instructions]
+    shard_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(shard) for shard in offsets])
+    record = _record_reader(files, shard_of, np.concatenate(offsets))
+    fields = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
 
-    def read(index: int) -> tuple[bytes, int]:
-        example = tf.train.Example.FromString(record(index)).features.feature
-        return example["image"].bytes_list.value[0], example["label"].int64_list.value[0]
+    def read(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        example = tf.io.parse_single_example(record(index), fields)
+        return example["image"], tf.cast(example["label"], tf.int32)
 
     def name(index: int) -> str:
-        return f"example {index} of {split!r} in {builder.data_dir}"
+        return f"example {index} of {split!r} in {builder.data_dir} (file {files[shard_of[index]]})"
 
-    return Split(num_examples, tuple(features["label"].names), read, name)
+    return Split(len(shard_of), tuple(features["label"].names), read, name)
 
 
-def _records(instructions) -> tuple[Callable[[int], bytes], int]:
-    """Random access to the serialised examples of TFDS's shards, and their number."""
-    tables = [_record_table(i.filename)[i.skip : i.skip + i.take] for i in instructions]
-    starts = np.cumsum([0, *map(len, tables)])
+def _record_reader(files: list[str], shard_of: np.ndarray, offsets: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Random access to records of TFRecord files; a record with a wrong checksum raises."""
+    file_table, shard_table, offset_table = tf.constant(files), tf.constant(shard_of), tf.constant(offsets)
 
-    def record(index: int) -> bytes:
-        shard = int(np.searchsorted(starts, index, side="right")) - 1
-        offset, length = tables[shard][index - starts[shard]].tolist()
-        # Opened anew each time: a thousand shards held open would pass the usual limit on open files.
-        with open(instructions[shard].filename, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, offset)
+    def record(index: tf.Tensor) -> tf.Tensor:
+        # tf.data.TFRecordDataset does not show the op's byte offset.
+        rest = tf.raw_ops.TFRecordDatasetV2(
+            filenames=file_table[shard_table[index]][tf.newaxis],
+            compression_type="",
+            buffer_size=0,
+            byte_offsets=offset_table[index][tf.newaxis],
+        )
+        kind = {"output_types": [tf.string], "output_shapes": [()]}
+        first = tf.raw_ops.TakeDataset(input_dataset=rest, count=tf.constant(1, tf.int64), **kind)
+        return tf.raw_ops.DatasetToSingleElement(dataset=first, **kind)[0]
 
-    return record, int(starts[-1])
+    return record
 
 
 @functools.cache
-def _record_table(path: str) -> np.ndarray:
-    """Offset and length of every record of a TFRecord file, int64 (records, 2)."""
-    rows, offset = [], 0
-    with Path(path).open("rb") as file:
+def _record_offsets(path: str) -> np.ndarray:
+    """Where each record of a TFRecord file begins, int64 (records,)."""
+    offsets, offset = [], 0
+    with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         while offset < size:
-            header = os.pread(file.fileno(), 8, offset)  # length; a checksum of 4 bytes before and after the data
-            length = struct.unpack("<Q", header)[0]
-            rows.append((offset + 12, length))
-            offset += 12 + length + 4
-    return np.array(rows, np.int64).reshape(-1, 2)
+            offsets.append(offset)
+            header = os.pread(file.fileno(), 8, offset)
+            offset += struct.unpack("<Q", header)[0] + 16  # the length and the data, each with a checksum of 4 bytes
+    return np.array(offsets, np.int64)
 
 
 def _open_synthetic(config: ConfigDict, split: str) -> Split:
     if split not in SYNTHETIC_EXAMPLES:
         raise errors.unknown("split of the source 'synthetic'", split, SYNTHETIC_EXAMPLES)
     pixels = np.random.default_rng(0).integers(0, 256, (16, config.image_size, config.image_size, 3), np.uint8)
-    # BMP: one memory copy to decode, so that a benchmark measures what comes after the data.
-    images = [_bmp(image) for image in pixels]
+    # BMP: decoding is little more than a copy, so that a benchmark measures what comes after the data.
+    images = tf.constant([_bmp(image) for image in pixels])
     names = tuple(f"class {i}" for i in range(SYNTHETIC_CLASSES))
 
-    def read(index: int) -> tuple[bytes, int]:
-        return images[index % len(images)], index % SYNTHETIC_CLASSES
+    def read(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return images[index % len(pixels)], tf.cast(index % SYNTHETIC_CLASSES, tf.int32)
 
     return Split(SYNTHETIC_EXAMPLES[split], names, read, lambda index: f"synthetic image {index}")
 
 
 def _bmp(pixels: np.ndarray) -> bytes:
-    import io
-
     from PIL import Image
 
     buffer = io.BytesIO()
