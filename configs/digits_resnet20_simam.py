@@ -14,7 +14,7 @@ from configs import base
 def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.batch_size = 64
-    config.num_epochs = 20.0
+    config.num_epochs = 12.0
     config.log_every_steps = 20
     config.model.name = "cifar_resnet20"
     config.model.bn_group_size = 64

@@ -5,6 +5,50 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh
+
+from simam_jax.models.blocks import BasicBlock
+from simam_jax.models.network import Network
+from simam_jax.models.resnet import ResNet
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def x64():
+    """64-bit mode for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def mesh_of():
+    """The first so many devices, as the training steps want them."""
+
+    def make(devices: int) -> Mesh:
+        return Mesh(jax.devices()[:devices], ("data",))
+
+    return make
+
+
+@pytest.fixture
+def tiny_network():
+    """A real network that compiles in a moment: three blocks with SimAM, 8 to 32 channels, 10 classes."""
+
+    def make(dtype=jnp.float32, **changes) -> Network:
+        return ResNet(
+            block=BasicBlock,
+            stage_sizes=(1, 1, 1),
+            width=8,
+            stem="3x3",
+            num_classes=10,
+            attention="simam",
+            attention_param=1e-4,
+            dtype=jnp.dtype(dtype),
+            **changes,
+        )
+
+    return make

@@ -21,7 +21,7 @@ from flax import linen as nn
 from orbax.checkpoint import checkpoint_managers as policies
 
 from simam_jax import errors, models
-from simam_jax.training.state import Tree, TrainState, init_variables
+from simam_jax.training.state import TrainState, Tree, variable_shapes
 
 FOLDER = "checkpoints"
 Meta = dict[str, Any]
@@ -299,7 +299,7 @@ def load(path: str | Path, *, ema: bool = False, model_spec: Meta | None = None)
     """
     path = newest(path)
     model = models.create_model(**model_arguments(read_meta(path)["model"]))
-    like = jax.eval_shape(lambda: init_variables(model, 32, jax.random.key(0)))
+    like = variable_shapes(model)
     item = "ema" if ema else "variables"
     try:
         items, _ = _read(path, {item: like}, model_spec)

@@ -109,7 +109,7 @@ def _use_compilation_cache(directory: str) -> None:
 
 def initial_state(run: Run) -> TrainState:
     """The state before the first update, on all devices: freshly drawn, or with the weights of `config.init_from`."""
-    variables = init_variables(run.model, run.config.data.image_size, jax.random.key(run.config.seed))
+    variables = init_variables(run.model, jax.random.key(run.config.seed))
     if run.config.init_from:
         variables = _start_from(run, variables)
     state = create_state(variables, run.optimizer, seed=run.config.seed, ema=bool(run.config.ema_decay))
