@@ -1,0 +1,71 @@
+"""Runs of train.py in processes of their own, for the tests that need real ones."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SMALL = {  # 60 updates of a network on 8x8 images: a second of work
+    "batch_size": 48,
+    "num_steps": 60,
+    "log_every_steps": 1,
+    "eval_every_epochs": 0.0,
+    "checkpoint.every_epochs": 0.1,  # every third update
+    "model.bn_group_size": 48,
+    "data.image_size": 8,
+    "data.crop_padding": 1,
+}
+
+
+class Run:
+    """A `python train.py` of the digits recipe, made small; its output is read as it comes."""
+
+    def __init__(self, workdir: Path, cache: Path, *, mode="train", devices=1, size_limit=0, **changes):
+        settings = SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
+        flags = [f"--config.{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, "train.py", "--config", "configs/digits_resnet20_simam.py", "--workdir", str(workdir)]
+        limit = ["bash", "-c", f'ulimit -f {size_limit}; exec "$@"', "limited"] if size_limit else []
+        self.process = subprocess.Popen(
+            [*limit, *command, "--mode", mode, *flags],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ""
+
+    def until(self, pattern: str) -> str:
+        """Reads on until a line has the pattern; fails with what came instead."""
+        for line in self.process.stdout:
+            self.output += line
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"{pattern!r} is not in the output:\n{self.output}")
+
+    def end(self, timeout: float = 120) -> int:
+        """Waits for the end; the exit code."""
+        rest, _ = self.process.communicate(timeout=timeout)
+        self.output += rest
+        return self.process.returncode
+
+    def kill(self, number: int) -> None:
+        self.process.send_signal(number)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """The training loss after each update, as `metrics.jsonl` has it (the last word where an update was repeated)."""
+    import json
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)

@@ -1,0 +1,100 @@
+"""What interrupts a run costs nothing: the parameters in the end are those of a run that was left alone, bit by bit."""
+
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from processes import Run, losses
+
+import simam_jax
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run = Run(workdir, cache)
+    assert run.end() == 0, run.output
+    return workdir
+
+
+def assert_equal_bit_by_bit(workdir, undisturbed):
+    (_, a), (_, b) = simam_jax.load(workdir), simam_jax.load(undisturbed)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+    assert losses(workdir)[60] == losses(undisturbed)[60]
+
+
+def test_kill_9_at_five_random_moments(tmp_path, cache, undisturbed):
+    moments = random.Random(0)
+    for kill in range(5):
+        run = Run(tmp_path, cache)
+        step = 9 * kill + 3 + moments.randrange(6)
+        run.until(rf"step ({step}|{step + 1}|{step + 2}|60)/60")
+        time.sleep(moments.uniform(0, 0.05))  # between, during or after a save
+        run.kill(signal.SIGKILL)
+        assert run.end() == -signal.SIGKILL
+    last = Run(tmp_path, cache)
+    assert last.end() == 0, last.output
+    assert "Continuing from" in last.output
+    assert_equal_bit_by_bit(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_saves_and_exits_in_good_order(number, tmp_path, cache, undisturbed):
+    run = Run(tmp_path, cache, **{"checkpoint.every_epochs": 0.0})
+    run.until("step 20/60")
+    run.kill(number)
+    assert run.end() == 0, run.output
+    assert "Stopped on request after update" in run.output
+    step = max(losses(tmp_path))
+    assert 20 <= step < 60
+    again = Run(tmp_path, cache)
+    again.until(rf"Continuing from .*/checkpoints/{step}$")
+    again.until(f"step {step + 1}/60")
+    assert again.end() == 0, again.output
+    assert_equal_bit_by_bit(tmp_path, undisturbed)
+
+
+def test_a_full_disk_stops_the_run_at_once_and_says_so(tmp_path, cache, undisturbed):  # noqa: ARG001
+    run = Run(tmp_path, cache, size_limit=200)  # no file may pass 200 KiB; the checkpoint needs about 1 MiB
+    assert run.end() == 2
+    assert "could not be written" in run.output
+    assert "Make room" in run.output
+    assert "Traceback" not in run.output
+    assert max(losses(tmp_path)) < 30
+
+
+def test_the_digits_run_leaves_what_its_users_look_for(tmp_path, cache, undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = (undisturbed / "train.log").read_text().splitlines()
+    assert "Finished. eval top-1" in lines[-1]
+    assert lines[-1].endswith(f"Checkpoint: {undisturbed}/checkpoints/60")
+    for word in ("step 30/60", "epoch", "loss", "top-1", "images/s", "data wait", "ETA"):
+        assert any(word in line for line in lines)
+
+    events = EventAccumulator(str(undisturbed)).Reload()
+    tags = events.Tags()["tensors"]
+    assert {"train/loss", "train/top1", "eval/top1", "learning_rate", "grad_norm", "images_per_second"} <= set(tags)
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+    again = Run(undisturbed, cache)
+    assert again.end() == 0
+    score = lines[-1].split("Finished. ")[1].split(" on ")[0]
+    assert f"This run is finished. {score}" in again.output
+    evaluated = Run(undisturbed, cache, mode="eval", devices=4, **{"batch_size": 100, "model.bn_group_size": 0})
+    assert evaluated.end() == 0, evaluated.output
+    assert score.split(", loss")[0] in evaluated.output  # 360 images in batches of 100, padded: every one counted once
+    checked = Run(tmp_path, cache, mode="check")
+    assert checked.end() == 0, checked.output
+    for row in ("parameters       0.27 M", "60 updates", "memory", "estimated time"):
+        assert row in checked.output
+    assert not (tmp_path / "checkpoints").exists()
