@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,15 @@ from jax.typing import DTypeLike
 from simam_jax import errors
 from simam_jax.models import create_model
 
-Path_ = tuple[str, ...]
+VariablePath = tuple[str, ...]
 State = dict[str, np.ndarray]  # a state_dict: PyTorch's names, layouts and shapes
 
+HEAD = "fc"  # the classifier, in every network
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _COUNTER = "num_batches_tracked"  # PyTorch's count of updates, in every batch norm; of no effect with a momentum
 
 
-def torch_names(paths: Iterable[Path_], name: str, attention: str) -> dict[Path_, str]:
+def torch_names(paths: Iterable[VariablePath], name: str, attention: str) -> dict[VariablePath, str]:
     """The original's name of each variable, by its path in our tree.
 
     Args:
@@ -48,7 +49,7 @@ def _module_name(name: str, attention: str, last: int) -> Callable[[str], str]:
     if name == "mobilenet_v2":
         return lambda module: _mobilenet_name(module, attention)
     rules = []
-    # The original puts the attention and the layer before it into a sequence: `bn2` becomes `bn2.0`, followed by `bn2.1`.
+    # The original puts the attention and the layer before it into a sequence: `bn2` becomes `bn2.0`, then `bn2.1`.
     if attention == "simam":
         rules += [(r"\.conv2$", ".conv2.0")]
     elif attention != "none":
@@ -124,20 +125,15 @@ def from_torch(
         state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.endswith(_COUNTER)}
 
-    def build(num_classes: int) -> nn.Module:
-        return create_model(
-            name, num_classes=num_classes, attention=attention, attention_param=attention_param, dtype=dtype
-        )
-
-    model = build(num_classes or 1)
-    expected = flatten_dict(abstract_variables(model))
-    keys = torch_names(expected, name, attention)
-    head = {path: key for path, key in keys.items() if path[1] == "fc"}
     if num_classes is None:
-        bias = state.get(keys["params", "fc", "bias"])
-        if bias is not None and bias.ndim == 1 and bias.size:
-            model = build(bias.size)
-            expected = flatten_dict(abstract_variables(model))
+        (head_bias,) = torch_names([("params", HEAD, "bias")], name, attention).values()
+        num_classes = max(state[head_bias].size, 1) if head_bias in state else 1
+    model = create_model(
+        name, num_classes=num_classes, attention=attention, attention_param=attention_param, dtype=dtype
+    )
+    expected: dict[VariablePath, Any] = flatten_dict(abstract_variables(model))
+    keys = torch_names(expected, name, attention)
+    head = {path: key for path, key in keys.items() if path[1] == HEAD}
     if skip_head:
         state = {key: value for key, value in state.items() if key not in head.values()}
         keys = {path: key for path, key in keys.items() if path not in head}
@@ -160,8 +156,10 @@ def from_torch(
 
     variables = {path: jnp.asarray(_from_torch_layout(state[key]), expected[path].dtype) for path, key in keys.items()}
     if skip_head:
-        drawn = flatten_dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-        variables |= {path: drawn[path] for path in head}
+        # Only what is returned gets compiled and drawn.
+        draw = jax.jit(lambda key, x: model.init(key, x)["params"][HEAD])
+        drawn = draw(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        variables |= {path: drawn[path[-1]] for path in head}
     return model, unflatten_dict(variables)
 
 
@@ -173,7 +171,7 @@ def to_torch(variables: dict[str, Any], name: str, *, attention: str = "simam", 
         name, attention: as for `create_model`.
         prefix: before every name; "module." for the original's ImageNet script, which wraps its networks.
     """
-    flat = flatten_dict(variables)
+    flat: dict[VariablePath, Any] = flatten_dict(variables)
     state = {}
     for path, key in torch_names(flat, name, attention).items():
         state[prefix + key] = _to_torch_layout(np.asarray(flat[path]))
@@ -197,7 +195,7 @@ def _from_torch_layout(x: np.ndarray) -> np.ndarray:
 
 
 def _to_torch_layout(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.transpose((3, 2, 0, 1) if x.ndim == 4 else None))
+    return np.array(x.transpose((3, 2, 0, 1) if x.ndim == 4 else None), order="C")  # a copy: JAX's arrays are read-only
 
 
 def load_torch(
@@ -210,7 +208,9 @@ def load_torch(
     dtype: DTypeLike = jnp.float32,
     skip_head: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with the weights of a file of the original: `model, variables = load_torch("resnet50.pth.tar", "resnet50")`.
+    """A network with the weights of a file of the original.
+
+        model, variables = load_torch("resnet50_simam.pth.tar", "resnet50", attention="simam", attention_param=0.1)
 
     Args:
         path: .safetensors, .npz, or what `torch.save` wrote: a state_dict, or a dict with one under "state_dict".
@@ -296,7 +296,7 @@ def _write_safetensors(state: State, path: Path) -> None:
 
 def _write_npz(state: State, path: Path) -> None:
     with open(path, "wb") as file:
-        np.savez(file, **state)
+        np.savez(file, **cast(dict[str, Any], state))
 
 
 _READERS = {".safetensors": _read_safetensors, ".npz": _read_npz}

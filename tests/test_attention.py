@@ -1,0 +1,130 @@
+"""SimAM against the formula and its gradient in plain NumPy; what the attention modules promise of types and inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simam_jax import CBAM, SimAM, SqueezeExcite, UserError, simam, simam_weights
+
+
+def formula(x: np.ndarray, e_lambda: float) -> np.ndarray:
+    """The weights of a float64 map (..., H, W, C), term by term as the paper has them."""
+    n = x.shape[-3] * x.shape[-2] - 1
+    d = (x - x.mean((-3, -2), keepdims=True)) ** 2
+    v = d.sum((-3, -2), keepdims=True) / n
+    return 1 / (1 + np.exp(-(d / (4 * (v + e_lambda)) + 0.5)))
+
+
+def gradient(x: np.ndarray, g: np.ndarray, e_lambda: float) -> np.ndarray:
+    """The gradient of sum(g * simam(x)) by hand."""
+    axes, n = (-3, -2), x.shape[-3] * x.shape[-2] - 1
+    s = formula(x, e_lambda)
+    c = x - x.mean(axes, keepdims=True)
+    a = (c**2).sum(axes, keepdims=True) / n + e_lambda
+    h = g * x * s * (1 - s)
+    through_x = h * c - (h * c).mean(axes, keepdims=True)
+    return g * s + through_x / (2 * a) - c * (h * c**2).sum(axes, keepdims=True) / (2 * n * a**2)
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (6, 6, 4), (2, 3, 4, 4, 2)])
+@pytest.mark.parametrize("e_lambda", [1e-4, 0.1])
+def test_formula_and_gradient(shape: tuple[int, ...], e_lambda: float):
+    x, g = 2 * draw(*shape) + 1, draw(*shape, seed=1)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(simam_weights(x, e_lambda), formula(x, e_lambda), rtol=1e-13)
+        y, vjp = jax.vjp(lambda x: simam(x, e_lambda), jnp.asarray(x))
+        np.testing.assert_allclose(y, x * formula(x, e_lambda), rtol=1e-13)
+        np.testing.assert_allclose(vjp(jnp.asarray(g))[0], gradient(x, g, e_lambda), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_result_has_the_dtype_of_the_input(dtype: str):
+    x = jnp.asarray(draw(2, 8, 8, 3), dtype)
+    y, weights = jax.jit(simam)(x), simam_weights(x)
+    assert y.dtype == weights.dtype == x.dtype
+    exact = np.float64(x) * formula(np.float64(x), 1e-4)
+    np.testing.assert_allclose(np.float64(y), exact, rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+def test_numpy_input():
+    x = draw(4, 4, 3).astype(np.float32)
+    np.testing.assert_array_equal(simam(x), simam(jnp.asarray(x)))
+
+
+def test_float16_statistics_do_not_overflow():
+    x = jnp.asarray(100 * draw(1, 112, 112, 2), jnp.float16)
+    assert float(jnp.sum(x.astype(jnp.float32) ** 2)) > float(jnp.finfo(jnp.float16).max)
+    exact = formula(np.float64(x), 1e-4)
+    np.testing.assert_allclose(np.float64(simam_weights(x)), exact, rtol=1e-3)
+    assert np.isfinite(np.asarray(jax.grad(lambda x: simam(x).astype(jnp.float32).sum())(x), np.float32)).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e4])
+def test_a_mean_far_from_zero_costs_no_accuracy(mean: float):
+    x = jnp.asarray(draw(2, 56, 56, 4) + mean, jnp.float32)
+    np.testing.assert_allclose(simam_weights(x), formula(np.float64(x), 1e-4), rtol=2e-6)
+
+
+def test_map_of_one_position_and_constant_map():
+    half = 1 / (1 + np.exp(-0.5))
+    np.testing.assert_allclose(simam(jnp.full((2, 1, 1, 3), 2.0)), 2 * half, rtol=1e-6)
+    np.testing.assert_allclose(simam(jnp.full((2, 4, 4, 3), 2.0)), 2 * half, rtol=1e-6)
+    grad = jax.grad(lambda x: simam(x).sum())(jnp.full((2, 1, 1, 3), 2.0))
+    np.testing.assert_allclose(grad, half, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "e_lambda", "message"),
+    [
+        (np.ones((4, 4), np.float32), 1e-4, r"at least 3 dimensions.*\(4, 4\)"),
+        (np.ones((4, 4, 3), np.int32), 1e-4, "int32"),
+        (np.ones((4, 4, 3), np.float32), 0.0, "got 0.0"),
+        (np.ones((4, 4, 3), np.float32), -1.0, "got -1.0"),
+        (np.ones((4, 4, 3), np.float32), float("nan"), "got nan"),
+    ],
+)
+def test_wrong_input(x: np.ndarray, e_lambda: float, message: str):
+    for function in (simam, simam_weights):
+        with pytest.raises(UserError, match=message):
+            function(x, e_lambda)
+
+
+def test_module_has_no_parameters_and_sows_only_when_asked():
+    x, module = jnp.asarray(draw(2, 4, 4, 3), jnp.float32), SimAM(0.1)
+    assert module.init(jax.random.key(0), x) == {}
+    np.testing.assert_array_equal(module.apply({}, x), simam(x, 0.1))
+    y, state = module.apply({}, x, mutable=["intermediates"])
+    np.testing.assert_array_equal(y, simam(x, 0.1))
+    np.testing.assert_array_equal(state["intermediates"]["weights"][0], simam_weights(x, 0.1))
+
+
+def test_squeeze_excite_against_numpy():
+    x, module = draw(2, 4, 5, 32), SqueezeExcite(16)
+    with jax.enable_x64(True):
+        variables = module.init(jax.random.key(0), x)
+        params = variables["params"]
+        hidden = np.maximum(x.mean((1, 2)) @ np.asarray(params["fc_0"]["kernel"]), 0)
+        gate = 1 / (1 + np.exp(-hidden @ np.asarray(params["fc_2"]["kernel"])))
+        assert gate.std() > 0
+        np.testing.assert_allclose(module.apply(variables, jnp.asarray(x)), x * gate[:, None, None], rtol=1e-12)
+
+
+@pytest.mark.parametrize("module", [SqueezeExcite(16), CBAM(16)])
+def test_modules_keep_shape_and_dtype(module):
+    x = jnp.asarray(draw(2, 5, 4, 32), jnp.bfloat16)
+    variables = module.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    y = module.apply(variables, x)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("kind", [SqueezeExcite, CBAM])
+def test_reduction_larger_than_the_channels(kind):
+    with pytest.raises(UserError, match="reduction of 16 leaves nothing of 8 channels"):
+        kind(16).init(jax.random.key(0), jnp.ones((1, 4, 4, 8)))
