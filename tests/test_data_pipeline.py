@@ -1,0 +1,255 @@
+"""The promises of the stream: order, resume, hosts, evaluation, unreadable files."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from simam_jax import data
+from simam_jax.errors import UserError
+
+NUM_IMAGES = 23  # prime: no batch divides it
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder of small noisy JPEGs; labels tell the halves apart."""
+    root = tmp_path_factory.mktemp("tree")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(NUM_IMAGES):
+            folder = root / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shape = (rng.integers(40, 90), rng.integers(40, 90), 3)
+            Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / f"{i:03d}.jpg", quality=90)
+    return root
+
+
+def data_config(tree, **fields):
+    config = base.get_config().data
+    with config.unlocked():
+        config.update(source="folder", data_dir=str(tree), eval_split="val", image_size=32, eval_resize=40)
+        config.update(fields)
+    return config
+
+
+def take(stream, count):
+    return [next(stream) for _ in range(count)]
+
+
+def train(config, *, start_step=0, batch=5, **kwargs):
+    return data.train_batches(config, seed=3, start_step=start_step, global_batch_size=batch, **kwargs)
+
+
+def assert_equal(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def digest(batches):
+    return hashlib.sha256(b"".join(batch[name].tobytes() for batch in batches for name in sorted(batch))).hexdigest()
+
+
+def original(tree):
+    """What each training image looks like when nothing is drawn, to find it again in a batch."""
+    config = data_config(tree, augmentation="none", flip=False, image_size=8, eval_resize=0)
+    return config, lambda batch: [image.tobytes() for image in batch["image"]]
+
+
+def test_batches_have_the_promised_form(tree):
+    (batch,) = take(train(data_config(tree)), 1)
+    assert (batch["image"].shape, batch["image"].dtype) == ((5, 32, 32, 3), np.uint8)
+    assert (batch["label"].shape, batch["label"].dtype) == ((5,), np.int32)
+    assert batch.keys() == {"image", "label"}
+
+
+def test_every_epoch_shows_every_example_once_in_another_order_and_drops_none(tree):
+    config, names = original(tree)
+    flat = sum(map(names, take(train(config), NUM_IMAGES)), [])  # 23 batches of 5: five epochs, borders inside batches
+    epochs = [flat[e * NUM_IMAGES : (e + 1) * NUM_IMAGES] for e in range(5)]
+    assert all(len(set(epoch)) == NUM_IMAGES for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_the_order_does_not_depend_on_the_batch_size(tree):
+    config, names = original(tree)
+    by_five, by_seven = (sum(map(names, take(train(config, batch=n), 35 // n)), []) for n in (5, 7))
+    assert by_five == by_seven
+
+
+def test_another_seed_gives_another_order_and_other_pixels(tree):
+    config = data_config(tree)
+    streams = [data.train_batches(config, seed=s, start_step=0, global_batch_size=NUM_IMAGES) for s in (0, 1, 0)]
+    first, second, again = (next(stream) for stream in streams)
+    assert digest([first]) == digest([again])
+    assert not np.array_equal(first["label"], second["label"])
+
+
+def test_an_example_is_augmented_anew_in_each_epoch(tree):
+    stream = train(data_config(tree), batch=NUM_IMAGES)
+    first, second = ({image.tobytes() for image in batch["image"]} for batch in take(stream, 2))
+    assert not first & second
+
+
+@pytest.mark.parametrize("start_step", [1, 4, 5, 11])  # mid-epoch, at an epoch's border inside a batch, epochs later
+def test_resume_is_bit_identical(tree, start_step):
+    config = data_config(tree, randaugment_layers=2, random_erasing=0.5)
+    whole = take(train(config), 13)
+    assert_equal(whole[start_step:], take(train(config, start_step=start_step), 13 - start_step))
+
+
+def test_resume_does_not_touch_what_was_skipped(tree, tmp_path):
+    """All files of the skipped part are destroyed: a stream that decoded any of them would fail (the limit is 0)."""
+    config, names = original(tree)
+    first_epoch = take(train(config, batch=1), NUM_IMAGES)
+    skipped = {name for batch in first_epoch[:20] for name in names(batch)}
+    broken = tmp_path / "broken"
+    for split in ("train", "val"):
+        for file in (tree / split).rglob("*.jpg"):
+            copy = broken / file.relative_to(tree)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    files = sorted((broken / "train").rglob("*.jpg"))
+    eval_like = dict(train_split="train", eval_split="train")
+    (shown,) = data.eval_batches(data_config(tree, **{**config, **eval_like}), global_batch_size=NUM_IMAGES)
+    for file, name in zip(files, names(shown), strict=True):
+        if name in skipped:
+            file.write_bytes(b"")
+    config = data_config(broken, **{**config, "data_dir": str(broken), "max_unreadable": 0.0})
+    assert_equal(first_epoch[20:], take(train(config, batch=1, start_step=20), 3))
+    with pytest.raises(UserError, match="Cannot read"):
+        take(train(config, batch=1, start_step=19), 1)
+
+
+def test_a_far_step_starts_at_once(tree):
+    (batch,) = take(train(data_config(tree), start_step=10**9), 1)
+    assert batch["image"].shape == (5, 32, 32, 3)
+
+
+def test_threads_do_not_matter(tree):
+    """A process bound to one core, with one thread everywhere, gives the bytes of this one."""
+    config = data_config(tree, randaugment_layers=2, random_erasing=0.5)
+    script = f"""
+import os, sys
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+import tensorflow as tf
+tf.config.threading.set_inter_op_parallelism_threads(1)
+tf.config.threading.set_intra_op_parallelism_threads(1)
+import test_data_pipeline as t
+config = t.data_config({str(tree)!r}, randaugment_layers=2, random_erasing=0.5)
+print(t.digest(t.take(t.train(config), 12)), t.digest(t.data.eval_batches(config, global_batch_size=5)))
+"""
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    here = [digest(take(train(config), 12)), digest(data.eval_batches(config, global_batch_size=5))]
+    assert alone.stdout.split() == here, alone.stderr
+
+
+def test_two_hosts_share_the_stream_of_one(tree):
+    config = data_config(tree)
+    whole = take(train(config, batch=6, start_step=2, process_index=0, process_count=1), 8)
+    hosts = [take(train(config, batch=6, start_step=2, process_index=h, process_count=2), 8) for h in (0, 1)]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
+    assert_equal(whole, joined)
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+@pytest.mark.parametrize("batch", [4, 22, 24, 46])
+def test_evaluation_sees_every_example_once(tree, batch, process_count):
+    config, names = original(tree)
+    hosts = [
+        list(data.eval_batches(config, global_batch_size=batch, process_index=h, process_count=process_count))
+        for h in range(process_count)
+    ]
+    assert len({len(batches) for batches in hosts}) == 1
+    assert {len(b["image"]) for batches in hosts for b in batches} == {batch // process_count}
+    rows = [(name, real) for batches in hosts for b in batches for name, real in zip(names(b), b["mask"], strict=True)]
+    real = [name for name, mask in rows if mask]
+    assert len(real) == len(set(real)) == NUM_IMAGES
+
+
+@pytest.fixture
+def damaged(tree, tmp_path):
+    """The tree with one file cut short and one that is text, of 23, and where they are."""
+    for split in ("train", "val"):
+        for file in sorted((tree / split).rglob("*.jpg")):
+            copy = tmp_path / file.relative_to(tree)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    short, text = tmp_path / "train/class0/004.jpg", tmp_path / "train/class1/007.jpg"
+    short.write_bytes(short.read_bytes()[:200])
+    text.write_text("this is no image")
+    return tmp_path, short, text
+
+
+def test_unreadable_files_are_named_and_replaced_the_same_way_every_time(damaged, caplog):
+    root, short, text = damaged
+    config, names = original(root)
+    with config.unlocked():
+        config.max_unreadable = 0.1
+    with caplog.at_level("WARNING"):
+        epochs = take(train(config, batch=NUM_IMAGES), 2)
+    warnings = [record.getMessage() for record in caplog.records if "Cannot read" in record.getMessage()]
+    assert len(warnings) == 2  # once each, though both were met twice
+    assert all(any(str(file) in warning for warning in warnings) for file in (short, text))
+    assert [len(set(names(epoch))) for epoch in epochs] == [NUM_IMAGES - 2] * 2
+    assert_equal(epochs[1:], take(train(config, batch=NUM_IMAGES, start_step=1), 1))
+    by_one = take(train(config, batch=1), NUM_IMAGES)
+    assert sum(map(names, by_one), []) == names(epochs[0])
+
+
+def test_too_many_unreadable_files_stop_the_run(damaged):
+    root, _, _ = damaged
+    config = data_config(root, max_unreadable=0.05)  # one of 23 is allowed
+    with pytest.raises(UserError, match=r"2 of 23 .* config\.data\.max_unreadable=0\.05"):
+        take(train(config, batch=NUM_IMAGES), 1)
+
+
+def test_an_unreadable_file_stops_an_evaluation(damaged):
+    root, short, _ = damaged
+    with pytest.raises(UserError, match=str(short)):
+        list(data.eval_batches(data_config(root, eval_split="train"), global_batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"augmentation": "random_crop"}, "Did you mean"),
+        ({"resize": "exakt"}, "Did you mean 'exact'"),
+        ({"eval_resize": 16, "augmentation": "pad_crop"}, "eval_resize=16 is smaller"),
+        ({"randaugment_magnitude": 31.0}, r"outside 0\.\.30"),
+    ],
+)
+def test_settings_that_mean_nothing_are_errors(tree, fields, message):
+    with pytest.raises(UserError, match=message):
+        next(train(data_config(tree, **fields)))
+
+
+def test_a_batch_that_hosts_cannot_share_is_an_error(tree):
+    with pytest.raises(UserError, match="5 images cannot be divided among 2 hosts"):
+        train(data_config(tree), batch=5, process_index=0, process_count=2)
+
+
+def test_a_process_with_an_open_stream_ends(tree):
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+import test_data_pipeline as t
+stream = t.train(t.data_config({str(tree)!r}))
+next(stream)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
+
+
+def test_the_package_is_light():
+    script = "import sys, simam_jax.data, simam_jax.data.on_device; sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent, env=dict(os.environ))
