@@ -49,7 +49,8 @@ def rand_augment(image: tf.Tensor, uniform: tf.Tensor, *, layers: int, magnitude
       magnitude: 0..30, how strong every operation is.
     """
     level = magnitude / MAX_MAGNITUDE
-    for draw, sign in tf.unstack(tf.reshape(uniform, (layers, 2))):
+    for layer in range(layers):
+        draw, sign = uniform[2 * layer], uniform[2 * layer + 1]
         signed = tf.where(sign < 0.5, level, -level)
         choice = tf.minimum(tf.cast(draw * len(OPERATIONS), tf.int32), len(OPERATIONS) - 1)
         branches = [

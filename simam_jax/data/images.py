@@ -83,11 +83,12 @@ def pad_and_crop(image: tf.Tensor, uniform: tf.Tensor, *, padding: int) -> tf.Te
 def resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     """uint8 (H, W, 3) to uint8 (size, size, 3), as PIL's BILINEAR: with a triangle filter along a side that shrinks."""
     shape = tf.shape(pixels)[:2]
-    return tf.cond(
-        tf.reduce_all(shape <= size),
-        lambda: tf.cond(tf.reduce_all(shape == size), lambda: pixels, lambda: _bilinear(pixels, size)),
+    resized = tf.cond(
+        tf.reduce_all(shape <= size),  # nothing shrinks: there the triangle filter is plain interpolation
+        lambda: _bilinear(pixels, size),
         lambda: _resample(pixels, size, size / tf.cast(shape, tf.float32), tf.zeros(2)),
     )
+    return tf.ensure_shape(resized, (size, size, 3))
 
 
 def _random_box(height: tf.Tensor, width: tf.Tensor, uniform: tf.Tensor, min_area: float) -> Box:

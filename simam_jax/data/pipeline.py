@@ -118,7 +118,8 @@ def _train_image(config: ConfigDict, seed: int) -> Callable[[tf.Tensor, tf.Tenso
         for_crop, for_flip, for_randaugment, for_erasing = tf.split(uniform, draws)
         image = crop(config, encoded, for_crop)
         if config.flip:
-            image = tf.cond(for_flip[0] < 0.5, lambda: tf.reverse(image, (1,)), lambda: image)
+            mirrored = tf.cond(for_flip[0] < 0.5, lambda: tf.reverse(image, (1,)), lambda: image)
+            image = tf.ensure_shape(mirrored, image.shape)
         if config.randaugment_layers:
             image = augment.rand_augment(
                 image, for_randaugment, layers=config.randaugment_layers, magnitude=config.randaugment_magnitude
