@@ -13,10 +13,17 @@ from ml_collections import config_flags
 
 from simam_jax import errors
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT=VALUE.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, event files, metrics. Continued if it has some.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT=VALUE."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder: checkpoints, event files, metrics. Continued if it has some."
+)
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "check"], "train; eval: score the checkpoint; check: compile, show the costs, stop."
+    "mode",
+    "train",
+    ["train", "eval", "check"],
+    "train; eval: score the checkpoint; check: compile, show the costs, stop.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -10,7 +10,7 @@ from simam_jax import errors
 
 
 def with_argument(config: ConfigDict, argument: str) -> ConfigDict:
-    """`config` changed by what follows a recipe's name: `NAME.py:attention=se`, or `NAME.py:model=resnet152,attention=none`.
+    """`config` changed by what follows a recipe's name: `NAME.py:attention=se` or `NAME.py:model=resnet152`.
 
     Raises:
         UserError: an argument that is neither `model` nor `attention`.

@@ -3,9 +3,9 @@
     python train.py --config configs/cifar100_resnet20_simam.py --workdir DIR
     python train.py --config configs/cifar100_resnet20_simam.py:model=cifar_preresnet56,attention=none --workdir DIR
 
-The recipe is the original's: one GPU, batch 128, so that batch norm sees all 128 images. Its README publishes no accuracies
-for CIFAR. For networks of 110 layers and more the original warms up with a rate of 0.01 in the first epoch:
-`--config.schedule.warmup_epochs=1`. The data: `python -m simam_jax.data.prepare cifar100`.
+The recipe is the original's: one GPU, batch 128, so that batch norm sees all 128 images. Its README publishes
+no accuracies for CIFAR. For networks of 110 layers and more the original warms up with a rate of 0.01 in the
+first epoch: `--config.schedule.warmup_epochs=1`. The data: `python -m simam_jax.data.prepare cifar100`.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python train.py --config configs/digits_resnet20_simam.py --workdir DIR
 
-The 1,797 images of 8x8 pixels that scikit-learn ships (UCI, Optical Recognition of Handwritten Digits), 360 of them for the test.
-A few minutes on two CPU cores; at least 98 % of the test images.
+The 1,797 images of 8x8 pixels that scikit-learn ships (UCI, Optical Recognition of Handwritten Digits), 360 of
+them for the test. A few minutes on two CPU cores; at least 98 % of the test images.
 """
 
 from ml_collections import ConfigDict

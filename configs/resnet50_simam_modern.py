@@ -2,10 +2,11 @@
 
     python train.py --config configs/resnet50_simam_modern.py --workdir DIR
 
-Cosine schedule with warm-up, label smoothing, mixup and CutMix, RandAugment, random erasing, EMA, bfloat16, no weight decay on
-batch norm and biases. The numbers follow torchvision's second training recipe for ResNet-50 (2021: batch 1024, rate 0.5, 5
-epochs of warm-up, smoothing 0.1, mixup 0.2, CutMix 1.0, erasing 0.1, decay 2e-5), with RandAugment in the place of
-TrivialAugment and half of its 600 epochs. There is no published accuracy with SimAM. It assumes 8 accelerators.
+Cosine schedule with warm-up, label smoothing, mixup and CutMix, RandAugment, random erasing, EMA, bfloat16, no
+weight decay on batch norm and biases. The numbers follow torchvision's second training recipe for ResNet-50
+(2021: batch 1024, rate 0.5, 5 epochs of warm-up, smoothing 0.1, mixup 0.2, CutMix 1.0, erasing 0.1, decay
+2e-5), with RandAugment in the place of TrivialAugment and half of its 600 epochs. There is no published
+accuracy with SimAM. It assumes 8 accelerators.
 """
 
 from ml_collections import ConfigDict

@@ -15,6 +15,7 @@ from simam_jax.models.resnet import ResNet
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's time would be spent compiling
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def mesh_of():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_network():
     """A real network that compiles in a moment: three blocks with SimAM, 8 to 32 channels, 10 classes."""
 

@@ -24,9 +24,18 @@ class Run:
     """A `python train.py` of the digits recipe, made small; its output is read as it comes."""
 
     def __init__(self, workdir: Path, cache: Path, *, mode="train", devices=1, size_limit=0, **changes):
-        settings = SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
+        settings = (
+            SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
+        )
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
-        command = [sys.executable, "train.py", "--config", "configs/digits_resnet20_simam.py", "--workdir", str(workdir)]
+        command = [
+            sys.executable,
+            "train.py",
+            "--config",
+            "configs/digits_resnet20_simam.py",
+            "--workdir",
+            str(workdir),
+        ]
         limit = ["bash", "-c", f'ulimit -f {size_limit}; exec "$@"', "limited"] if size_limit else []
         self.process = subprocess.Popen(
             [*limit, *command, "--mode", mode, *flags],

@@ -17,7 +17,7 @@ from simam_jax.training.checkpoints import Checkpoints
 from simam_jax.training.state import create_state, init_variables
 from simam_jax.training.step import whole_on
 
-SPEC = {"name": "cifar_resnet20", "num_classes": 10, "attention": "simam", "attention_param": None, "dtype": "float32"}
+SPEC = {"name": "cifar_resnet20", "num_classes": 10, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 META = {"model": SPEC, "elapsed_seconds": 1.5}
 
 
@@ -185,5 +185,5 @@ def test_load_of_a_damaged_checkpoint_says_so(tmp_path, variables):
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="workdir=.*cannot be written"):
+    with pytest.raises(UserError, match=r"workdir=.*cannot be written"):
         checkpoints.writable(Path(tmp_path / "file" / "run"))

@@ -66,9 +66,7 @@ def test_gradients_are_clipped_before_the_decay():
 def rates_at(config, epochs, *, num_examples, **changes):
     config.schedule.update(**changes)
     num_steps = steps_in(config.num_epochs, num_examples, config.batch_size)
-    rate = learning_rate(
-        config.schedule, num_examples=num_examples, batch_size=config.batch_size, num_steps=num_steps
-    )
+    rate = learning_rate(config.schedule, num_examples=num_examples, batch_size=config.batch_size, num_steps=num_steps)
     return [float(rate(steps_in(epoch, num_examples, config.batch_size))) for epoch in epochs]
 
 

@@ -1,5 +1,7 @@
 """One update: equal to the original's, the same on any number of devices, with statistics over the groups asked for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,15 @@ from configs import base
 from simam_jax.training import metrics
 from simam_jax.training.optimizer import sgd
 from simam_jax.training.state import create_state, init_variables
-from simam_jax.training.step import AXIS, check_divisible, count_correct, make_eval_step, make_train_step, split_over, whole_on
+from simam_jax.training.step import (
+    AXIS,
+    check_divisible,
+    count_correct,
+    make_eval_step,
+    make_train_step,
+    split_over,
+    whole_on,
+)
 
 BATCH = 16
 
@@ -30,15 +40,18 @@ def random_batch(seed: int, size: int = BATCH) -> dict[str, np.ndarray]:
     return {"image": images, "label": rng.integers(0, 10, size, dtype=np.int32)}
 
 
+@functools.cache
+def fresh_variables(tiny_network, dtype):
+    return jax.device_get(init_variables(tiny_network(dtype), jax.random.key(0)))
+
+
 def run(tiny_network, mesh, config, *, steps=3, dtype="float64", reorder=None):
     """The metrics of some updates, and the state after them."""
     check_divisible(config, mesh.size)
     model = tiny_network(dtype, bn_group_size=config.model.bn_group_size, axis_name=AXIS)
     optimizer = sgd(config.optimizer, lambda _: 0.1)
-    variables = init_variables(model, jax.random.key(0))
-    state = jax.device_put(
-        create_state(variables, optimizer, seed=0, ema=bool(config.ema_decay)), whole_on(mesh)
-    )
+    variables = fresh_variables(tiny_network, dtype)
+    state = jax.device_put(create_state(variables, optimizer, seed=0, ema=bool(config.ema_decay)), whole_on(mesh))
     step = make_train_step(model, optimizer, lambda _: 0.1, config, mesh)
     history = []
     for seed in range(steps):
@@ -80,7 +93,7 @@ def test_synchronised_batch_norm_in_float32_is_the_same_on_eight_devices(tiny_ne
 
 @pytest.mark.usefixtures("x64")
 def test_micro_batches_see_their_own_statistics_and_make_one_update(tiny_network, mesh_of):
-    """Two micro-batches of 8 with groups of 4 are the four groups of one batch of 16 whose rows are dealt the same way."""
+    """Two micro-batches of 8 with groups of 4 are the four groups of one batch of 16 whose rows are dealt alike."""
     dealt = np.arange(BATCH).reshape(-1, 2).T.reshape(-1)  # rows 0, 2, 4, ... are the first micro-batch
     groups = {"model.bn_group_size": 4}
     micro, state = run(tiny_network, mesh_of(2), settings(**groups | {"optimizer.grad_accum_steps": 2}), steps=2)
@@ -118,11 +131,13 @@ def test_the_losses_of_the_original_s_updates(mesh_of):
     from simam_jax.convert import from_torch
 
     case, _ = read_case("cifar-resnet20-basic-simam-0.0001")
-    config = settings(**{"data.mean": (0.0, 0.0, 0.0), "data.std": (1 / 255, 1 / 255, 1 / 255), "batch_size": case["batch"]})
-    model = simam_jax.create_model("cifar_resnet20", num_classes=10, dtype="float64", axis_name=AXIS)
+    config = settings(
+        **{"data.mean": (0.0, 0.0, 0.0), "data.std": (1 / 255, 1 / 255, 1 / 255), "batch_size": case["batch"]}
+    )
     rate = case["sgd"]["lr"]
     optimizer = sgd(config.optimizer, lambda _: rate)
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), from_torch(golden_state(case["state_dict"]), model, "cifar_resnet20"))
+    model, variables = from_torch(golden_state(case["state_dict"]), "cifar_resnet20", dtype="float64")
+    model = model.clone(axis_name=AXIS)
     mesh = mesh_of(1)
     state = jax.device_put(create_state(variables, optimizer, seed=0, ema=False), whole_on(mesh))
     step = make_train_step(model, optimizer, lambda _: rate, config, mesh)

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from simam_jax import data
-summarize = None
+from simam_jax.summary import summarize
 from simam_jax.training import checkpoints, prefetch, setup
 from simam_jax.training.progress import duration
 from simam_jax.training.step import make_train_step
@@ -29,7 +29,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     rows = {"model": f"{config.model.name}, attention {config.model.attention}, {run.data.num_classes} classes"}
     totals = summarize(run.model, config.data.image_size)
     rows["parameters"] = f"{totals.params / 1e6:.2f} M"
-    rows["FLOPs"] = f"{totals.flops / 1e9:.2f} G for one image of {config.data.image_size} x {config.data.image_size} pixels"
+    rows["FLOPs"] = f"{totals.flops / 1e9:.2f} G for one image of {config.data.image_size} pixels squared"
     rows["data"] = f"{run.data.num_train} training and {run.data.num_eval} evaluation images"
     rows["devices"] = f"{run.mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es)"
     rows["batch"] = (
@@ -53,14 +53,22 @@ def check(config: ConfigDict, workdir: str) -> None:
     print(f"{'compilation':16} {time.monotonic() - began:.1f} s", flush=True)
     memory = compiled.memory_analysis()
     if memory is not None:
-        peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = (
+            memory.temp_size_in_bytes
+            + memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        print(f"{'memory':16} {peak / 2**30:.2f} GiB per device{f' of {limit / 2**30:.2f} GiB' if limit else ''}", flush=True)
+        print(
+            f"{'memory':16} {peak / 2**30:.2f} GiB per device{f' of {limit / 2**30:.2f} GiB' if limit else ''}",
+            flush=True,
+        )
 
     seconds = []
-    for batch in itertools.islice(itertools.chain([batch], batches), 1 + TIMED_STEPS):
+    for inputs in itertools.islice(itertools.chain([batch], batches), 1 + TIMED_STEPS):
         began = time.monotonic()
-        state, values = compiled(state, batch)
+        state, values = compiled(state, inputs)
         jax.block_until_ready(values)
         seconds.append(time.monotonic() - began)
     step = statistics.median(seconds[1:])

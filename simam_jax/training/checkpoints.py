@@ -1,7 +1,7 @@
 """Checkpoints: `WORKDIR/checkpoints/STEP/`, written by Orbax in the background, kept by policy, verified when read.
 
-Each holds up to four items: `variables` (what inference needs), `ema` (their average, if the run keeps one), `training` (what
-else an update changes) and `meta` (JSON: the model, the config, the classes, the clock and a checksum of every item).
+Each holds up to four items: `variables` (what inference needs), `ema` (their average, if the run keeps one), `training`
+(what else an update changes) and `meta` (JSON: the model, the config, the classes, the clock, a checksum of every item).
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
@@ -82,10 +81,12 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([
-                    policies.LatestN(keep_last),
-                    policies.BestN(get_metric_fn=_top1, n=keep_best, keep_checkpoints_without_metrics=False),
-                ]),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep_last),
+                        policies.BestN(get_metric_fn=_top1, n=keep_best, keep_checkpoints_without_metrics=False),
+                    ]
+                ),
                 best_fn=_top1,  # without it the manager forgets the metrics when it is opened again
                 cleanup_tmp_directories=True,
             ),
@@ -137,7 +138,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, also for a full disk
-            raise errors.UserError(f"A checkpoint could not be written: {_first_line(error)}. {self.way_out()}") from error
+            raise errors.UserError(
+                f"A checkpoint could not be written: {_first_line(error)}. {self.way_out()}"
+            ) from error
 
     def way_out(self) -> str:
         """What is left to somebody whose disk is full."""
@@ -162,7 +165,7 @@ class Checkpoints:
             try:
                 items, meta = _read(self.path(step), split(like), model_spec)
                 return join(items), meta
-            except Damaged as error:
+            except DamagedError as error:
                 logging.warning("Checkpoint %s is damaged (%s); trying the one before.", self.path(step), error)
                 self._set_aside(step)
         if steps:
@@ -186,7 +189,7 @@ class Checkpoints:
         self._manager.close()
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """A checkpoint that cannot be read, or that reads differently from what was written."""
 
 
@@ -207,17 +210,17 @@ def _read(path: Path, like: dict[str, Tree], model_spec: Meta | None = None) -> 
         try:
             meta = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         except Exception as error:  # Orbax has no exception of its own for a damaged file
-            raise Damaged(f"its meta data cannot be read: {_first_line(error)}") from error
+            raise DamagedError(f"its meta data cannot be read: {_first_line(error)}") from error
         _check_fits(path, meta, like, model_spec)
         wanted = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, item)) for name, item in like.items()}
         try:
             restored = reader.restore(path, ocp.args.Composite(**wanted))
         except Exception as error:
-            raise Damaged(_first_line(error)) from error
+            raise DamagedError(_first_line(error)) from error
     items = {name: restored[name] for name in like}
     for name, item in items.items():
         if checksum(item) != meta["checksums"][name]:
-            raise Damaged(f"the checksum of its {name} differs")
+            raise DamagedError(f"the checksum of its {name} differs")
     return items, meta
 
 
@@ -226,10 +229,14 @@ def _check_fits(path: Path, meta: Meta, like: dict[str, Tree], model_spec: Meta 
     if model_spec is not None and meta["model"] != model_spec:
         names = sorted(key for key in model_spec if meta["model"].get(key) != model_spec[key])
         held, asked = ({key: spec.get(key) for key in names} for spec in (meta["model"], model_spec))
-        raise errors.UserError(f"The checkpoint {path} is of another model: it has {held}, the config says {asked}. {way_out}")
+        raise errors.UserError(
+            f"The checkpoint {path} is of another model: it has {held}, the config says {asked}. {way_out}"
+        )
     for name, item in like.items():
         if name not in meta["layouts"]:
-            raise errors.UserError(f"The checkpoint {path} holds no {name!r}, only {sorted(meta['layouts'])}. {way_out}")
+            raise errors.UserError(
+                f"The checkpoint {path} holds no {name!r}, only {sorted(meta['layouts'])}. {way_out}"
+            )
         if meta["layouts"][name] != layout(item):
             raise errors.UserError(
                 f"The {name!r} in the checkpoint {path} have other names or shapes than this config makes "
@@ -260,7 +267,9 @@ def newest(path: str | Path) -> Path:
     inside = path if path.name == FOLDER else folder(path)
     step = newest_step(inside)
     if step is None:
-        raise errors.UserError(f"There is no checkpoint in {path}. Give a --workdir of train.py, or a checkpoint in it.")
+        raise errors.UserError(
+            f"There is no checkpoint in {path}. Give a --workdir of train.py, or a checkpoint in it."
+        )
     return inside / str(step)
 
 
@@ -278,7 +287,7 @@ def read_meta(path: str | Path) -> Meta:
     """
     try:
         return _read(newest(path), {})[1]
-    except Damaged as error:
+    except DamagedError as error:
         raise errors.UserError(f"The checkpoint {newest(path)} is damaged: {error}") from error
 
 
@@ -286,8 +295,8 @@ def load(path: str | Path, *, ema: bool = False, model_spec: Meta | None = None)
     """A trained network: `model, variables = load(path)`, then `model.apply(variables, images)`.
 
     Args:
-        path: a workdir of train.py (its newest checkpoint) or a checkpoint in it (`WORKDIR/checkpoints/STEP`), written on any
-            number of devices. The optimizer's state is not read.
+        path: a workdir of train.py (its newest checkpoint) or a checkpoint in it (`WORKDIR/checkpoints/STEP`), written on
+            any number of devices. The optimizer's state is not read.
         ema: the exponential moving average of the variables, where the run kept one.
         model_spec: what the checkpoint's meta data must say of its model, if that is known already.
 
@@ -298,23 +307,18 @@ def load(path: str | Path, *, ema: bool = False, model_spec: Meta | None = None)
         UserError: there is no checkpoint, it is damaged or of another model, or `ema` is asked of a run without one.
     """
     path = newest(path)
-    model = models.create_model(**model_arguments(read_meta(path)["model"]))
+    model = models.create_model(**read_meta(path)["model"])
     like = variable_shapes(model)
     item = "ema" if ema else "variables"
     try:
         items, _ = _read(path, {item: like}, model_spec)
-    except Damaged as error:
+    except DamagedError as error:
         raise errors.UserError(f"The checkpoint {path} is damaged: {error}") from error
     return model, items[item]
 
 
-def model_arguments(spec: Meta) -> Meta:
-    """The arguments of `create_model` that the JSON `spec` of a checkpoint stands for."""
-    return spec | {"dtype": jnp.dtype(spec["dtype"])}
-
-
 def save_weights(workdir: str | Path, model_spec: Meta, variables: Tree, **meta: Any) -> None:
-    """Writes a workdir that holds `variables` as its only checkpoint, for `load`, `--mode eval` and `--config.init_from`.
+    """Writes a workdir with `variables` as its only checkpoint, for `load`, `--mode eval` and `--config.init_from`.
 
     Args:
         workdir: a folder that is new or has no checkpoints.

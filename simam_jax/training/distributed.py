@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from simam_jax import errors
 
 HEARTBEAT_SECONDS = 30  # a peer that has been silent for so long is gone
-SHUTDOWN_SECONDS = 10  # how long one that ends waits for the others
+SHUTDOWN_SECONDS = 60  # how long one that is done waits for the others
 STUCK = 3  # exit code of a process that gave up waiting
 
 
@@ -63,7 +63,7 @@ def _leave(error: BaseException) -> None:
     elif not isinstance(error, SystemExit):
         traceback.print_exception(error)
         if _comes_from_a_peer(error):
-            # JAX's coordination service names the process that is gone, and ends this one, when its heartbeats stay away.
+            # When its heartbeats stay away, JAX's coordination service says which one is gone and ends this process.
             print("A peer is gone: waiting for its heartbeats to stay away, to say which.", file=sys.stderr, flush=True)
             time.sleep(HEARTBEAT_SECONDS + 15)
     sys.stdout.flush()
@@ -76,7 +76,7 @@ def _comes_from_a_peer(error: BaseException) -> bool:
 
 
 class Watchdog:
-    """Ends the process when `beat` is not called for `seconds`: a peer that is alive but stuck raises no error anywhere."""
+    """Ends the process when `beat` stays away for `seconds`: a peer that is alive but stuck raises no error anywhere."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
@@ -96,9 +96,9 @@ class Watchdog:
         while not self._done.wait(min(self._seconds / 4, 10.0)):
             if time.monotonic() - self._last > self._seconds:
                 print(
-                    f"error: process {jax.process_index()} has waited more than {self._seconds:g} s for the update after "
-                    f"{self._step}: a peer or the input is stuck. Start all processes again; the run goes on from its last "
-                    f"checkpoint. (--config.max_step_seconds sets the limit, 0 removes it.)",
+                    f"error: process {jax.process_index()} has waited more than {self._seconds:g} s for the update "
+                    f"after {self._step}: a peer or the input is stuck. Start all processes again; the run goes on from "
+                    f"its last checkpoint. (--config.max_step_seconds sets the limit, 0 removes it.)",
                     file=sys.stderr,
                     flush=True,
                 )

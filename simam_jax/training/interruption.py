@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[int], bool]]:
-    """Gives `requested(step) -> bool`: whether the run is to end now, after update `step`. To be asked after each update."""
+    """Gives `requested(step) -> bool`, to be asked after each update: whether the run is to end now, after that one."""
     if jax.process_count() > 1:
         # JAX's runtime catches SIGTERM and lets the processes agree on the update after which they stop.
         previous = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -29,7 +29,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     folder = checkpoints.writable(workdir)
     run = setup.build(config)
-    store = checkpoints.Checkpoints(folder, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
+    store = checkpoints.Checkpoints(
+        folder, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+    )
     progress = Progress(folder)
     try:
         _train(run, folder, store, progress)
@@ -45,8 +47,8 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
 
     # ---- where to begin
     progress.say(
-        f"{config.model.name} (attention {config.model.attention}), {run.data.num_train} images, {num_steps} updates of "
-        f"{config.batch_size} images on {run.mesh.size} {jax.devices()[0].device_kind} device(s)"
+        f"{config.model.name} (attention {config.model.attention}), {run.data.num_train} images, {num_steps} updates "
+        f"of {config.batch_size} images on {run.mesh.size} {jax.devices()[0].device_kind} device(s)"
     )
     state = setup.initial_state(run)
     restored = store.restore(state, run.model_spec())
@@ -64,9 +66,7 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
     # ---- the parts
     train_step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
     eval_step = make_eval_step(run.model, config, run.mesh)
-    stream = data.train_batches(
-        config.data, seed=config.seed, start_step=first, global_batch_size=config.batch_size
-    )
+    stream = data.train_batches(config.data, seed=config.seed, start_step=first, global_batch_size=config.batch_size)
     batches = prefetch.to_devices(stream, run.mesh, config.data.prefetch)
     eval_at, save_at = run.every(config.eval_every_epochs), run.every(config.checkpoint.every_epochs)
     writer = metrics.MetricWriter(folder, setup.plain(config))
@@ -106,8 +106,10 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
                 store.save(state, run.meta() | {"elapsed_seconds": elapsed(), "scores": scores}, top1)
             if stop and step < num_steps:
                 store.wait()
-                progress.say(f"Stopped on request after update {step}, saved in {store.path(step)}. "
-                             f"The same command goes on from there.")
+                progress.say(
+                    f"Stopped on request after update {step}, saved in {store.path(step)}. "
+                    f"The same command goes on from there."
+                )
                 break
             interval.resume()
         else:
@@ -161,11 +163,10 @@ class Interval:
         bad = metrics.first_not_finite(values)
         if bad is not None:
             raise errors.UserError(
-                f"The loss is {values[bad]['loss'] / values[bad]['count']:g} and the gradient's norm {values[bad]['grad_norm']:g} "
-                f"in update {self._start + bad + 1}: nothing was saved since then. Try a lower "
+                f"The loss is {values[bad]['loss'] / values[bad]['count']:g} and the gradient's norm "
+                f"{values[bad]['grad_norm']:g} in update {self._start + bad + 1}. Try a lower "
                 f"--config.schedule.learning_rate, a warm-up (--config.schedule.warmup_epochs), "
-                f"--config.optimizer.clip_global_norm=1 or --config.model.dtype=float32; the same command goes on from the "
-                f"last checkpoint."
+                f"--config.optimizer.clip_global_norm=1 or --config.model.dtype=float32."
             )
         rate = steps * self._run.config.batch_size / seconds
         last = values[-1]
@@ -209,6 +210,8 @@ def _result(run: setup.Run, store: checkpoints.Checkpoints, step: int, scores: m
 
 def _report_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     before, now = metrics.flat(old), metrics.flat(new)
-    changed = [f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in now if before.get(name) != now.get(name)]
+    changed = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in now if before.get(name) != now.get(name)
+    ]
     if changed:
         logging.warning("The config has changed since the checkpoint was written: %s", "; ".join(changed))

@@ -51,7 +51,9 @@ def learning_rate(config: ConfigDict, *, num_examples: int, batch_size: int, num
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
         start = config.warmup_learning_rate
-        ramp = 0.0 if config.warmup_constant else (config.learning_rate - start) * (jnp.asarray(step) + 1) / (warmup + 1)
+        ramp = (
+            0.0 if config.warmup_constant else (config.learning_rate - start) * (jnp.asarray(step) + 1) / (warmup + 1)
+        )
         return jnp.where(jnp.asarray(step) < warmup, start + ramp, main(step))
 
     return rate
@@ -61,7 +63,7 @@ def sgd(config: ConfigDict, rate: Schedule) -> optax.GradientTransformation:
     """SGD in PyTorch's form: `g += weight_decay * p; buf = momentum * buf + g; p -= rate * buf`.
 
     Args:
-        config: the `optimizer` section. `decay_bn_and_bias=False` spares every parameter with fewer than two dimensions.
+        config: the `optimizer` section; `decay_bn_and_bias=False` spares parameters with fewer than two dimensions.
         rate: the learning rate of each update.
     """
 

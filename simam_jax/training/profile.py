@@ -21,7 +21,9 @@ class Profiler:
         except ValueError:
             raise errors.UserError(f"config.profile_steps={request!r}: give FIRST:LAST, such as 10:15.") from None
         if request and not 1 <= self._first <= self._last:
-            raise errors.UserError(f"config.profile_steps={request!r}: the updates count from 1, and LAST is not below FIRST.")
+            raise errors.UserError(
+                f"config.profile_steps={request!r}: the updates count from 1, and LAST is not below FIRST."
+            )
         self._folder = folder
         self._recording = False
 

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: devices, data, model, schedule, optimizer. Shared by training, evaluation and check."""
+"""From a config to the parts of a run: devices, data, model, schedule, optimizer. For training, evaluation and check."""
 
 import dataclasses
 import json
@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from absl import logging
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simam_jax import data, errors, models
+from simam_jax import convert, data, errors, models
 from simam_jax.training import checkpoints
 from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
 from simam_jax.training.state import TrainState, Tree, create_state, init_variables
 from simam_jax.training.step import AXIS, check_divisible, make_mesh, whole_on
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +58,14 @@ class Run:
 
     def model_spec(self) -> checkpoints.Meta:
         """The arguments of `create_model`, as JSON."""
-        model = self.config.model
-        spec = {name: model[name] for name in ("name", "attention", "attention_param", "dtype")}
-        return spec | {"num_classes": self.data.num_classes}
+        model = self.model
+        return {
+            "name": self.config.model.name,
+            "num_classes": model.num_classes,
+            "attention": model.attention,
+            "attention_param": model.attention_param,
+            "dtype": model.dtype.name,
+        }
 
 
 def build(config: ConfigDict) -> Run:
@@ -74,8 +77,6 @@ def build(config: ConfigDict) -> Run:
     _use_compilation_cache(config.compilation_cache_dir)
     mesh = make_mesh()
     check_divisible(config, mesh.size)
-    if config.model.dtype not in DTYPES:
-        raise errors.unknown("config.model.dtype", config.model.dtype, DTYPES)
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     info = data.describe(config.data)
@@ -84,13 +85,15 @@ def build(config: ConfigDict) -> Run:
         num_classes=info.num_classes,
         attention=config.model.attention,
         attention_param=config.model.attention_param,
-        dtype=jnp.dtype(config.model.dtype),
+        dtype=config.model.dtype,
         bn_group_size=config.model.bn_group_size,
         axis_name=AXIS,
     )
     num_steps = config.num_steps or steps_in(config.num_epochs, info.num_train, config.batch_size)
     if num_steps < 1:
-        raise errors.UserError(f"config.num_epochs={config.num_epochs} and config.num_steps={config.num_steps} make no update.")
+        raise errors.UserError(
+            f"config.num_epochs={config.num_epochs} and config.num_steps={config.num_steps} make no update."
+        )
     rate = learning_rate(
         config.schedule, num_examples=info.num_train, batch_size=config.batch_size, num_steps=num_steps
     )
@@ -98,7 +101,7 @@ def build(config: ConfigDict) -> Run:
 
 
 def _use_compilation_cache(directory: str) -> None:
-    """Keeps compiled programs in `directory`; "auto" is the user's own cache folder: who can write there can run code."""
+    """Keeps compiled programs in `directory`; "auto": the user's own cache, as who can write there can run code."""
     if directory == "auto":
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         directory = str(Path(base) / "simam_jax" / "compiled")
@@ -119,35 +122,33 @@ def initial_state(run: Run) -> TrainState:
 def _start_from(run: Run, fresh: Tree) -> Tree:
     """`fresh` with the weights of `config.init_from`; with `init_skip_head` the classifier stays fresh."""
     path, skip_head = run.config.init_from, run.config.init_skip_head
-    if not Path(path).is_dir():
-        spec = checkpoints.model_arguments(run.model_spec())
-        model, found = convert.load_torch(path, spec.pop("name"), skip_head=skip_head, **spec)
-    else:
+    if Path(path).is_dir():
         model, found = checkpoints.load(path)
-    same = ("attention", "attention_param")  # what parameters' names and shapes do not tell
-    if any(getattr(model, name) != getattr(run.model, name) for name in same):
-        logging.warning(
-            "config.init_from=%s was trained with %s, this run has %s.",
-            path, *({name: getattr(m, name) for name in same} for m in (model, run.model)),
-        )
+        same = ("attention", "attention_param")  # what the parameters' names and shapes do not tell
+        if any(getattr(model, name) != getattr(run.model, name) for name in same):
+            had, has = ({name: getattr(m, name) for name in same} for m in (model, run.model))
+            logging.warning("config.init_from=%s was trained with %s, this run has %s.", path, had, has)
+    else:
+        _, found = convert.load_torch(path, skip_head=skip_head, **run.model_spec())
     if skip_head:
-        found = found | {"params": found["params"] | {HEAD: fresh["params"][HEAD]}}
+        found = found | {"params": found["params"] | {convert.HEAD: fresh["params"][convert.HEAD]}}
     if checkpoints.layout(found) != checkpoints.layout(fresh):
         raise errors.UserError(
-            f"The weights of config.init_from={path} do not fit {run.config.model.name} with {run.data.num_classes} classes: "
-            f"{_differences(found, fresh)}. Another number of classes is no obstacle with --config.init_skip_head=True."
+            f"The weights of config.init_from={path} do not fit {run.config.model.name} with "
+            f"{run.data.num_classes} classes: {_differences(found, fresh)}. Another number of classes is no obstacle with --config.init_skip_head=True."
         )
     return found
 
 
 def _differences(found: Tree, wanted: Tree) -> str:
-    def shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-    has, needs = shapes(found), shapes(wanted)
+    has, needs = ({name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()} for tree in (found, wanted))
     lines = [f"missing {name}" for name in sorted(set(needs) - set(has))]
     lines += [f"unexpected {name}" for name in sorted(set(has) - set(needs))]
-    lines += [f"{name} is {has[name]} and not {needs[name]}" for name in sorted(set(has) & set(needs)) if has[name] != needs[name]]
+    lines += [
+        f"{name} is {has[name]} and not {needs[name]}"
+        for name in sorted(set(has) & set(needs))
+        if has[name] != needs[name]
+    ]
     return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
 
 

@@ -4,7 +4,6 @@ Every device holds the whole state and its share of the batch; gradients, statis
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,15 +75,19 @@ def make_train_step(
         mesh: of `make_mesh`.
 
     Returns:
-        A function. `batch` has `image` (N, H, W, C) uint8 and `label` (N,) int32, cut over the mesh. `metrics` has the sums
-        `count`, `loss`, `top1`, `top5` over the N images, and `learning_rate`, `grad_norm`, `param_norm`.
+        A function. `batch` has `image` (N, H, W, C) uint8 and `label` (N,) int32, cut over the mesh. `metrics` has the
+        sums `count`, `loss`, `top1`, `top5` over the N images, and `learning_rate`, `grad_norm`, `param_norm`.
         With micro-batches, batch norm takes the statistics of each and the running ones move once for each.
     """
     accum = config.optimizer.grad_accum_steps
 
     def loss_fn(params: Tree, batch_stats: Tree, images: jax.Array, targets: jax.Array, key: jax.Array):
         logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
         )
         losses = optax.softmax_cross_entropy(logits, targets)
         return losses.mean(), (updates.get("batch_stats", {}), losses, logits)
@@ -154,7 +157,7 @@ def make_train_step(
 
 
 def make_eval_step(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Batch], Metrics]:
-    """The jitted `step(variables, batch) -> sums` of `count`, `loss`, `top1`, `top5` over the images whose `mask` is set."""
+    """The jitted `step(variables, batch) -> sums` of `count`, `loss`, `top1`, `top5` over the images with `mask` set."""
 
     def device_step(variables: Tree, batch: Batch) -> Metrics:
         images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
@@ -166,18 +169,20 @@ def make_eval_step(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Callable
 
 
 def count_correct(logits: jax.Array, labels: jax.Array, losses: jax.Array, real: jax.Array) -> Metrics:
-    """Sums over the `real` examples: their `count`, `loss`, and how many labels are the first (`top1`) or in the first five
-    (`top5`) of their logits. Equal logits rank by index, as argmax does; a NaN is never correct.
+    """Sums over the `real` examples: `count`, `loss`, and labels that are the first (`top1`) or in the first five (`top5`).
+
+    Equal logits rank by index, as argmax does; a NaN is never correct.
 
     Args:
         logits: (N, classes). labels: (N,) int. losses: (N,). real: (N,) bool.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1]) < labels[:, None]
-    rank = jnp.sum(~(logits <= own) | ((logits == own) & earlier), axis=1)
+    rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
+    ranked = real & jnp.isfinite(own[:, 0])
     return {
         "count": jnp.sum(real, dtype=jnp.float32),
         "loss": jnp.sum(jnp.where(real, losses, 0.0)),
-        "top1": jnp.sum(real & (rank < 1), dtype=jnp.float32),
-        "top5": jnp.sum(real & (rank < 5), dtype=jnp.float32),
+        "top1": jnp.sum(ranked & (rank < 1), dtype=jnp.float32),
+        "top5": jnp.sum(ranked & (rank < 5), dtype=jnp.float32),
     }
