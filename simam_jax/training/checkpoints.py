@@ -139,14 +139,14 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, also for a full disk
             raise errors.UserError(
-                f"A checkpoint could not be written: {_first_line(error)}. {self.way_out()}"
+                f"A checkpoint could not be written, so the run has stopped: {_first_line(error)}. {self.last_good()}. "
+                f"Make room, then start the same command again."
             ) from error
 
-    def way_out(self) -> str:
-        """What is left to somebody whose disk is full."""
+    def last_good(self) -> str:
+        """Where somebody whose run broke off goes on from."""
         step = newest_step(self._folder)
-        kept = "there is no checkpoint yet" if step is None else f"{self.path(step)} is complete"
-        return f"The run has stopped; {kept}. Make room, then start the same command again."
+        return "There is no checkpoint yet" if step is None else f"The last complete checkpoint is {self.path(step)}"
 
     def restore(self, like: TrainState, model_spec: Meta) -> tuple[TrainState, Meta] | None:
         """The newest complete and undamaged checkpoint, or None where there is none at all.

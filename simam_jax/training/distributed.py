@@ -89,7 +89,7 @@ class Watchdog:
         """Update `step` is finished."""
         self._step, self._last = step, time.monotonic()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._done.set()
 
     def _watch(self) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 Scalars = dict[str, float]
 
@@ -65,11 +64,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | fl
         else:
             result[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
     return result
-
-
-def first_not_finite(metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """The index of the first update whose loss or gradient norm is NaN or infinite."""
-    for index, values in enumerate(metrics):
-        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            return index
-    return None

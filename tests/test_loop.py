@@ -1,0 +1,139 @@
+"""The loop in this process: what it refuses, how it stops, where it starts from; and every recipe makes an update."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import simam_jax
+from configs import base, digits_resnet20_simam
+from simam_jax.training import checkpoints, evaluation, loop, setup
+from simam_jax.training.step import make_train_step, split_over
+
+RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+def small(**changes):
+    """A run of two updates on noise."""
+    config = digits_resnet20_simam.get_config()
+    config.update_from_flattened_dict(
+        {
+            "data.source": "synthetic",
+            "data.image_size": 8,
+            "data.crop_padding": 1,
+            "batch_size": 8,
+            "model.bn_group_size": 8,
+            "num_steps": 2,
+            "log_every_steps": 1,
+            "eval_every_epochs": 0.0,
+            "eval_batch_size": 512,
+            "compilation_cache_dir": "",
+        }
+        | changes
+    )
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.name": "cifar_resnett20"}, "Unknown model 'cifar_resnett20'. Did you mean 'cifar_resnet20'"),
+        ({"model.attention": "siman"}, "Unknown attention 'siman'. Did you mean 'simam'"),
+        ({"model.dtype": "float31"}, "Unknown dtype 'float31'. Did you mean 'float32'"),
+        ({"data.source": "digit"}, "digits"),
+        ({"data.source": "tfds", "data.name": "cifar1"}, "cifar10"),
+        ({"batch_size": 12}, "does not divide over 8 devices"),
+        ({"num_steps": 0, "num_epochs": 0.0}, "make no update"),
+        ({"profile_steps": "ten"}, "FIRST:LAST"),
+        ({"init_from": "nowhere.pth"}, "nowhere.pth"),
+    ],
+)
+def test_a_wrong_setting_is_one_message(changes, message, tmp_path):
+    with pytest.raises(simam_jax.UserError, match=message):
+        loop.train(small(**changes), str(tmp_path))
+    assert not list(tmp_path.rglob("*.orbax*"))
+
+
+def test_a_misspelt_field_is_refused():
+    with pytest.raises(AttributeError, match="batch_size"):
+        base.get_config().batch_siz = 3
+
+
+def test_what_follows_a_recipe_s_name_chooses_the_model():
+    module = importlib.import_module("configs.cifar10_resnet20_simam")
+    config = module.get_config("model=cifar_preresnet56,attention=se")
+    assert (config.model.name, config.model.attention) == ("cifar_preresnet56", "se")
+    with pytest.raises(simam_jax.UserError, match="Did you mean 'attention=...'"):
+        module.get_config("atention=se")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    changes = {"num_steps": 9, "schedule.learning_rate": 1e30, "schedule.warmup_epochs": 0.0, "log_every_steps": 9}
+    with pytest.raises(simam_jax.UserError, match=r"In update \d the loss is .*learning_rate.*no checkpoint yet"):
+        loop.train(small(**changes), str(tmp_path))
+    assert checkpoints.newest_step(checkpoints.folder(tmp_path)) is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(small(), str(workdir))
+    return workdir
+
+
+def test_a_workdir_of_another_model_is_refused_and_stays(trained):
+    for mode in (loop.train, evaluation.evaluate_checkpoint):
+        with pytest.raises(simam_jax.UserError, match="of another model"):
+            mode(small(**{"model.attention": "none"}), str(trained))
+    assert checkpoints.newest_step(checkpoints.folder(trained)) == 2
+
+
+def test_fine_tuning_starts_from_the_weights_with_a_new_head_on_request(trained):
+    _, variables = simam_jax.load(trained)
+    run = setup.build(small(init_from=str(trained)))
+    state = setup.initial_state(run)
+    jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
+    assert int(state.step) == 0
+
+    other = small(init_from=str(trained), init_skip_head=True, seed=1)
+    fresh = setup.initial_state(setup.build(small(seed=1))).variables
+    state = setup.initial_state(setup.build(other))
+    body = {name: value for name, value in state.variables["params"].items() if name != "fc"}
+    jax.tree.map(np.testing.assert_array_equal, body, {name: variables["params"][name] for name in body})
+    jax.tree.map(np.testing.assert_array_equal, state.variables["params"]["fc"], fresh["params"]["fc"])
+
+
+def test_weights_that_do_not_fit_are_listed(trained):
+    with pytest.raises(simam_jax.UserError, match=r"do not fit cifar_resnet32.*missing params/layer1_3.*more"):
+        setup.initial_state(setup.build(small(init_from=str(trained), **{"model.name": "cifar_resnet32"})))
+
+
+def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
+    from simam_jax.convert import to_torch, write_state
+
+    _, variables = simam_jax.load(trained)
+    path = tmp_path / "original.npz"
+    write_state(to_torch(variables, "cifar_resnet20"), path)
+    state = setup.initial_state(setup.build(small(init_from=str(path))))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds_and_makes_an_update(recipe):
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    size = 32 if "cifar" in config.model.name else 64
+    config.update_from_flattened_dict(
+        {"data.source": "synthetic", "data.image_size": size, "data.eval_resize": 0, "batch_size": 16}
+        | {"model.bn_group_size": 8, "compilation_cache_dir": ""}
+    )
+    run = setup.build(config)
+    step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, size, size, 3), dtype=np.uint8)
+    labels = rng.integers(0, run.data.num_classes, 16, dtype=np.int32)
+    batch = jax.device_put({"image": images, "label": labels}, split_over(run.mesh))
+    state, values = step(setup.initial_state(run), batch)
+    assert int(state.step) == 1
+    assert np.isfinite(values["loss"])
