@@ -1,7 +1,6 @@
 """The promises of the stream: order, resume, hosts, evaluation, unreadable files."""
 
 import hashlib
-import io
 import os
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def digest(batches):
 def original(tree):
     """What each training image looks like when nothing is drawn, to find it again in a batch."""
     config = data_config(tree, augmentation="none", flip=False, image_size=8, eval_resize=0)
-    return config, lambda batch: [image.tobytes() for image in batch["image"]]
+    return config, lambda batches: [image.tobytes() for batch in batches for image in batch["image"]]
 
 
 def test_batches_have_the_promised_form(tree):
@@ -74,7 +73,7 @@ def test_batches_have_the_promised_form(tree):
 
 def test_every_epoch_shows_every_example_once_in_another_order_and_drops_none(tree):
     config, names = original(tree)
-    flat = sum(map(names, take(train(config), NUM_IMAGES)), [])  # 23 batches of 5: five epochs, borders inside batches
+    flat = names(take(train(config), NUM_IMAGES))  # 23 batches of 5: five epochs, borders inside batches
     epochs = [flat[e * NUM_IMAGES : (e + 1) * NUM_IMAGES] for e in range(5)]
     assert all(len(set(epoch)) == NUM_IMAGES for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
@@ -82,7 +81,7 @@ def test_every_epoch_shows_every_example_once_in_another_order_and_drops_none(tr
 
 def test_the_order_does_not_depend_on_the_batch_size(tree):
     config, names = original(tree)
-    by_five, by_seven = (sum(map(names, take(train(config, batch=n), 35 // n)), []) for n in (5, 7))
+    by_five, by_seven = (names(take(train(config, batch=n), 35 // n)) for n in (5, 7))
     assert by_five == by_seven
 
 
@@ -100,18 +99,18 @@ def test_an_example_is_augmented_anew_in_each_epoch(tree):
     assert not first & second
 
 
-@pytest.mark.parametrize("start_step", [1, 4, 5, 11])  # mid-epoch, at an epoch's border inside a batch, epochs later
-def test_resume_is_bit_identical(tree, start_step):
-    config = data_config(tree, randaugment_layers=2, random_erasing=0.5)
-    whole = take(train(config), 13)
-    assert_equal(whole[start_step:], take(train(config, start_step=start_step), 13 - start_step))
+def test_resume_is_bit_identical(tree):
+    config = data_config(tree, randaugment_layers=1, random_erasing=0.5)
+    whole = take(train(config), 12)
+    for start_step in (1, 4, 11):  # mid-epoch, in the batch that the first epoch's end cuts, epochs later
+        assert_equal(whole[start_step:], take(train(config, start_step=start_step), 12 - start_step))
 
 
 def test_resume_does_not_touch_what_was_skipped(tree, tmp_path):
     """All files of the skipped part are destroyed: a stream that decoded any of them would fail (the limit is 0)."""
     config, names = original(tree)
     first_epoch = take(train(config, batch=1), NUM_IMAGES)
-    skipped = {name for batch in first_epoch[:20] for name in names(batch)}
+    skipped = set(names(first_epoch[:20]))
     broken = tmp_path / "broken"
     for split in ("train", "val"):
         for file in (tree / split).rglob("*.jpg"):
@@ -119,9 +118,8 @@ def test_resume_does_not_touch_what_was_skipped(tree, tmp_path):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
     files = sorted((broken / "train").rglob("*.jpg"))
-    eval_like = dict(train_split="train", eval_split="train")
-    (shown,) = data.eval_batches(data_config(tree, **{**config, **eval_like}), global_batch_size=NUM_IMAGES)
-    for file, name in zip(files, names(shown), strict=True):
+    in_order = data.eval_batches(data_config(tree, **{**config, "eval_split": "train"}), global_batch_size=NUM_IMAGES)
+    for file, name in zip(files, names(in_order), strict=True):
         if name in skipped:
             file.write_bytes(b"")
     config = data_config(broken, **{**config, "data_dir": str(broken), "max_unreadable": 0.0})
@@ -136,8 +134,9 @@ def test_a_far_step_starts_at_once(tree):
 
 
 def test_threads_do_not_matter(tree):
-    """A process bound to one core, with one thread everywhere, gives the bytes of this one."""
-    config = data_config(tree, randaugment_layers=2, random_erasing=0.5)
+    """A process bound to one core, with one thread everywhere, gives the bytes of this one. (It also ends by itself,
+    though it leaves an endless stream open.)"""
+    config = data_config(tree, randaugment_layers=1, random_erasing=0.5)
     script = f"""
 import os, sys
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
@@ -146,10 +145,11 @@ import tensorflow as tf
 tf.config.threading.set_inter_op_parallelism_threads(1)
 tf.config.threading.set_intra_op_parallelism_threads(1)
 import test_data_pipeline as t
-config = t.data_config({str(tree)!r}, randaugment_layers=2, random_erasing=0.5)
-print(t.digest(t.take(t.train(config), 12)), t.digest(t.data.eval_batches(config, global_batch_size=5)))
+config = t.data_config({str(tree)!r}, randaugment_layers=1, random_erasing=0.5)
+stream = t.train(config)
+print(t.digest(t.take(stream, 12)), t.digest(t.data.eval_batches(config, global_batch_size=5)))
 """
-    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     here = [digest(take(train(config), 12)), digest(data.eval_batches(config, global_batch_size=5))]
     assert alone.stdout.split() == here, alone.stderr
 
@@ -162,8 +162,7 @@ def test_two_hosts_share_the_stream_of_one(tree):
     assert_equal(whole, joined)
 
 
-@pytest.mark.parametrize("process_count", [1, 2])
-@pytest.mark.parametrize("batch", [4, 22, 24, 46])
+@pytest.mark.parametrize(("batch", "process_count"), [(4, 1), (22, 2), (46, 2), (64, 1)])
 def test_evaluation_sees_every_example_once(tree, batch, process_count):
     config, names = original(tree)
     hosts = [
@@ -172,7 +171,9 @@ def test_evaluation_sees_every_example_once(tree, batch, process_count):
     ]
     assert len({len(batches) for batches in hosts}) == 1
     assert {len(b["image"]) for batches in hosts for b in batches} == {batch // process_count}
-    rows = [(name, real) for batches in hosts for b in batches for name, real in zip(names(b), b["mask"], strict=True)]
+    rows = [
+        (name, real) for batches in hosts for b in batches for name, real in zip(names([b]), b["mask"], strict=True)
+    ]
     real = [name for name, mask in rows if mask]
     assert len(real) == len(set(real)) == NUM_IMAGES
 
@@ -201,10 +202,9 @@ def test_unreadable_files_are_named_and_replaced_the_same_way_every_time(damaged
     warnings = [record.getMessage() for record in caplog.records if "Cannot read" in record.getMessage()]
     assert len(warnings) == 2  # once each, though both were met twice
     assert all(any(str(file) in warning for warning in warnings) for file in (short, text))
-    assert [len(set(names(epoch))) for epoch in epochs] == [NUM_IMAGES - 2] * 2
+    assert [len(set(names([epoch]))) for epoch in epochs] == [NUM_IMAGES - 2] * 2
     assert_equal(epochs[1:], take(train(config, batch=NUM_IMAGES, start_step=1), 1))
-    by_one = take(train(config, batch=1), NUM_IMAGES)
-    assert sum(map(names, by_one), []) == names(epochs[0])
+    assert names(take(train(config, batch=12), 2))[:NUM_IMAGES] == names(epochs[:1])
 
 
 def test_too_many_unreadable_files_stop_the_run(damaged):
@@ -237,17 +237,6 @@ def test_settings_that_mean_nothing_are_errors(tree, fields, message):
 def test_a_batch_that_hosts_cannot_share_is_an_error(tree):
     with pytest.raises(UserError, match="5 images cannot be divided among 2 hosts"):
         train(data_config(tree), batch=5, process_index=0, process_count=2)
-
-
-def test_a_process_with_an_open_stream_ends(tree):
-    script = f"""
-import sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
-import test_data_pipeline as t
-stream = t.train(t.data_config({str(tree)!r}))
-next(stream)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
 
 
 def test_the_package_is_light():

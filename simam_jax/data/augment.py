@@ -13,9 +13,7 @@ ERASING_TRIES = 10
 ERASING_UNIFORMS = 1 + 4 * ERASING_TRIES  # how many random numbers `random_erasing` takes
 
 
-def random_erasing(
-    image: tf.Tensor, uniform: tf.Tensor, *, probability: float, fill: tuple[float, ...]
-) -> tf.Tensor:
+def random_erasing(image: tf.Tensor, uniform: tf.Tensor, *, probability: float, fill: tuple[float, ...]) -> tf.Tensor:
     """Covers a random rectangle (Zhong et al. 2020), as torchvision's RandomErasing does with its defaults.
 
     The area is uniform in [0.02, 0.33] of the image's, the ratio log-uniform in [0.3, 3.3]; of ten tries the first that
@@ -25,7 +23,7 @@ def random_erasing(
       uniform: (ERASING_UNIFORMS,).
       fill: the colour, per channel in 0..1; the data set's mean is 0 once normalised.
     """
-    height, width, _ = image.shape
+    height, width = _size(image)
     area, ratio, top, left = tf.unstack(tf.reshape(uniform[1:], (4, ERASING_TRIES)))
     area = height * width * (0.02 + (0.33 - 0.02) * area)
     ratio = tf.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * ratio)
@@ -61,9 +59,14 @@ def rand_augment(image: tf.Tensor, uniform: tf.Tensor, *, layers: int, magnitude
     return image
 
 
+def _size(image: tf.Tensor) -> tuple[int, int]:
+    height, width, _ = image.shape.as_list()
+    return height, width
+
+
 def _affine(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     """Moves pixels: the output at (x, y), from the image's centre, shows the input at matrix (2, 3) times (x, y, 1)."""
-    height, width, _ = image.shape
+    height, width = _size(image)
     centre = tf.constant([(width - 1) / 2, (height - 1) / 2])
     linear, shift = matrix[:, :2], matrix[:, 2]
     shift = shift + centre - tf.linalg.matvec(linear, centre)
@@ -94,12 +97,12 @@ def _shear_y(image: tf.Tensor, level: tf.Tensor) -> tf.Tensor:
 
 
 def _translate_x(image: tf.Tensor, level: tf.Tensor) -> tf.Tensor:
-    shift = tf.round(150 / 331 * image.shape[1] * level)
+    shift = tf.round(150 / 331 * _size(image)[1] * level)
     return _affine(image, tf.reshape(tf.stack((1.0, 0.0, shift, 0.0, 1.0, 0.0)), (2, 3)))
 
 
 def _translate_y(image: tf.Tensor, level: tf.Tensor) -> tf.Tensor:
-    shift = tf.round(150 / 331 * image.shape[0] * level)
+    shift = tf.round(150 / 331 * _size(image)[0] * level)
     return _affine(image, tf.reshape(tf.stack((1.0, 0.0, 0.0, 0.0, 1.0, shift)), (2, 3)))
 
 

@@ -95,7 +95,7 @@ def _rows_of_host(rows: tf.data.Dataset, share: int, process_index: int, process
 def _permutation(num_examples: int, seed: int, epoch: tf.Tensor) -> tf.Tensor:
     """The order of an epoch, int64 (num_examples,)."""
     key = tf.stack((tf.constant(seed, tf.int64), -1 - epoch))  # negative: no example's key
-    noise = tf.random.stateless_uniform((num_examples,), key, None, None, tf.int64, alg="philox")
+    noise = tf.random.stateless_uniform((num_examples,), key, tf.int64.min, tf.int64.max, tf.int64, alg="philox")
     return tf.cast(tf.argsort(noise, stable=True), tf.int64)
 
 
@@ -110,7 +110,7 @@ def _train_image(config: ConfigDict, seed: int) -> Callable[[tf.Tensor, tf.Tenso
             f"config.data.randaugment_magnitude={config.randaugment_magnitude} is outside 0..{augment.MAX_MAGNITUDE:g}."
         )
     crop, crop_draws = CROPS[config.augmentation]
-    draws = (crop_draws, 1, 2 * config.randaugment_layers, augment.ERASING_UNIFORMS)
+    draws = (crop_draws, 1, 2 * config.randaugment_layers, augment.ERASING_UNIFORMS if config.random_erasing else 0)
 
     def decode(encoded: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         keys = tf.stack((tf.constant(seed, tf.int64), key))
@@ -125,9 +125,7 @@ def _train_image(config: ConfigDict, seed: int) -> Callable[[tf.Tensor, tf.Tenso
                 image, for_randaugment, layers=config.randaugment_layers, magnitude=config.randaugment_magnitude
             )
         if config.random_erasing:
-            image = augment.random_erasing(
-                image, for_erasing, probability=config.random_erasing, fill=config.mean
-            )
+            image = augment.random_erasing(image, for_erasing, probability=config.random_erasing, fill=config.mean)
         return image
 
     return decode
@@ -185,7 +183,9 @@ def _batches(stream: _Stream, step: int) -> Iterator[Batch]:
     def load_readable(epoch: int, index: int) -> dict[str, np.ndarray]:
         """The image, or the next that can be read: so the stream stays a function of the files and the key."""
         try:
-            return {name: x.numpy() for name, x in load(tf.constant(epoch, tf.int64), tf.constant(index, tf.int64)).items()}
+            return {
+                name: x.numpy() for name, x in load(tf.constant(epoch, tf.int64), tf.constant(index, tf.int64)).items()
+            }
         except UNREADABLE as error:
             if index not in unreadable:
                 unreadable.add(index)

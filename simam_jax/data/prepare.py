@@ -49,10 +49,14 @@ def prepare(name: str, *, data_dir: str = "", tars: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m simam_jax.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m simam_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help="a TFDS name, such as cifar10 or imagenet2012:5.1.0, or digits")
-    parser.add_argument("--data_dir", default="", help="where prepared data lie (default: TFDS's, ~/tensorflow_datasets)")
+    parser.add_argument(
+        "--data_dir", default="", help="where prepared data lie (default: TFDS's, ~/tensorflow_datasets)"
+    )
     parser.add_argument("--tars", default="", help="imagenet2012: the folder with the two downloaded tar files")
     args = parser.parse_args()
     print(f"Ready in {prepare(args.name, data_dir=args.data_dir, tars=args.tars)}")

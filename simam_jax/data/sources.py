@@ -238,7 +238,7 @@ def _save(path: Path, **arrays: np.ndarray) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.npz")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, **arrays)
+        np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType] (taken for its own arguments)
         partial.replace(path)
 
 
@@ -251,7 +251,9 @@ def _open_synthetic(config: ConfigDict, split: str) -> Split:
     names = tuple(f"class {i}" for i in range(SYNTHETIC_CLASSES))
 
     def read(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return images[index % len(pixels)], tf.cast(index % SYNTHETIC_CLASSES, tf.int32)
+        return images[tf.math.floormod(index, len(pixels))], tf.cast(
+            tf.math.floormod(index, SYNTHETIC_CLASSES), tf.int32
+        )
 
     return Split(SYNTHETIC_EXAMPLES[split], names, read, lambda index: f"synthetic image {index}")
 
