@@ -39,7 +39,7 @@ def torch_names(paths: Iterable[VariablePath], name: str, attention: str) -> dic
         attention: none, simam, se, cbam.
     """
     paths = list(paths)
-    last = 3 if any("conv3" in path for path in paths) else 2  # a block's last convolution
+    last = 3 if any("bn3" in path for path in paths) else 2  # the layers of a block
     rename = _module_name(name, attention, last)
     return {path: f"{rename('.'.join(path[1:-1]).replace('_', '.'))}.{_LEAVES[path[-1]]}" for path in paths}
 

@@ -120,17 +120,18 @@ class BatchNorm(nn.Module):
             )
         # The running mean as a shift keeps the one-pass variance from cancelling when the mean is large.
         shifted = grouped - running_mean.value
-        moments = jnp.stack([shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2))])
+        moments = shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2))
         shifted_mean, square = _mean_over_neighbours(moments, devices, self.axis_name)
-        mean = running_mean.value + shifted_mean
         var = jnp.maximum(square - jnp.square(shifted_mean), 0)
 
         if not self.is_initializing():
             keep, unbiased = self.momentum, count / (count - 1)
-            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(0)
+            running_mean.value = running_mean.value + (1 - keep) * shifted_mean.mean(0)
             running_var.value = keep * running_var.value + (1 - keep) * unbiased * var.mean(0)
+        # One factor and one offset per group and channel: the gradient then needs two reductions over the map only.
         factor = lax.rsqrt(var + self.epsilon) * scale
-        y = (grouped - mean[:, None, None]) * factor[:, None, None] + bias
+        offset = bias - shifted_mean * factor
+        y = shifted * factor[:, None, None] + offset[:, None, None]
         return y.reshape(x.shape).astype(x.dtype)
 
     def _groups(self, images: int) -> tuple[int, int]:
@@ -147,16 +148,19 @@ class BatchNorm(nn.Module):
         )
 
 
-def _mean_over_neighbours(x: jax.Array, devices: int, axis_name: str | None) -> jax.Array:
-    """x averaged over groups of `devices` neighbours on the mesh axis."""
+def _mean_over_neighbours(
+    moments: tuple[jax.Array, jax.Array], devices: int, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The moments averaged over groups of `devices` neighbours on the mesh axis."""
     if devices == 1 or axis_name is None:
-        return x
+        return moments
     if devices == lax.axis_size(axis_name):
-        return lax.pmean(x, axis_name)
+        return lax.pmean(moments, axis_name)
     # shard_map's check_vma knows no axis_index_groups; these are a few kilobytes.
-    everywhere = lax.all_gather(x, axis_name)
+    everywhere = lax.all_gather(jnp.stack(moments), axis_name)
     first = lax.axis_index(axis_name) // devices * devices
-    return lax.dynamic_slice_in_dim(everywhere, first, devices).mean(0)
+    mean, square = lax.dynamic_slice_in_dim(everywhere, first, devices).mean(0)
+    return mean, square
 
 
 class Dropout(nn.Module):

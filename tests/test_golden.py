@@ -90,7 +90,9 @@ def make_train(model):
 def norms(tree: dict, name: str, attention: str) -> dict[str, float]:
     """The L2 norm of every array, by the original's names."""
     flat = flatten_dict(tree)
-    return {key: float(jnp.linalg.norm(flat[path])) for path, key in torch_names(flat, name, attention).items()}
+    return {
+        key: float(np.linalg.norm(np.ravel(flat[path]))) for path, key in torch_names(flat, name, attention).items()
+    }
 
 
 def assert_close(actual, golden, what: str):

@@ -12,6 +12,8 @@ from simam_jax.models.network import Network
 # Table 2 of the paper: expansion, width, blocks, stride of the first block.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
+_Linear = partial(Linear, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
+
 
 class MobileNetV2(Network, kw_only=True):
     """Seven stages of inverted residuals. The CIFAR form has stride 1 in the stem and in the second stage."""
@@ -23,8 +25,7 @@ class MobileNetV2(Network, kw_only=True):
         if self.cifar:
             layers, activation = self.layers(kernel_init=torch_uniform), nn.relu
         else:
-            linear = partial(Linear, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
-            layers, activation = self.layers(kernel_init=he_normal, linear=linear), nn.relu6
+            layers, activation = self.layers(kernel_init=he_normal, linear=_Linear), nn.relu6
         conv, norm, stages, index = layers.conv, layers.norm, {}, 0
 
         x = conv(32, 3, 1 if self.cifar else 2, name="conv1")(self.cast(x))
