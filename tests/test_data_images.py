@@ -39,7 +39,7 @@ def pil_eval(image, size, resize):
         image = image.resize((resize, int(resize * height / width)), Image.BILINEAR)
     else:
         image = image.resize((int(resize * width / height), resize), Image.BILINEAR)
-    left, top = (int(round((length - size) / 2.0)) for length in image.size)
+    left, top = (round((length - size) / 2.0) for length in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

@@ -60,7 +60,9 @@ def rand_augment(image: tf.Tensor, uniform: tf.Tensor, *, layers: int, magnitude
 
 
 def _size(image: tf.Tensor) -> tuple[int, int]:
-    height, width, _ = image.shape.as_list()
+    height, width, _ = image.shape
+    assert height is not None
+    assert width is not None
     return height, width
 
 

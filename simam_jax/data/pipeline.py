@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -171,27 +172,22 @@ def _batches(stream: _Stream, step: int) -> Iterator[Batch]:
         encoded, label = stream.split.read(index)
         return {"image": stream.decode(encoded, epoch * 2**32 + index), "label": label}
 
-    def images_of(examples: tf.data.Dataset) -> tf.data.Dataset:
-        return examples.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-
-    def batches_from(step: int) -> Iterator[Batch]:
-        batches = images_of(stream.examples(step)).batch(stream.share, drop_remainder=True)
-        return batches.prefetch(stream.prefetch).as_numpy_iterator()
+    def batches_from(step: int) -> Iterator[Any]:
+        loaded = stream.examples(step).map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return loaded.batch(stream.share, drop_remainder=True).prefetch(stream.prefetch).as_numpy_iterator()
 
     unreadable: set[int] = set()
 
     def load_readable(epoch: int, index: int) -> dict[str, np.ndarray]:
         """The image, or the next that can be read: so the stream stays a function of the files and the key."""
         try:
-            return {
-                name: x.numpy() for name, x in load(tf.constant(epoch, tf.int64), tf.constant(index, tf.int64)).items()
-            }
+            row = load(tf.constant(epoch, tf.int64), tf.constant(index, tf.int64))
         except UNREADABLE as error:
             if index not in unreadable:
                 unreadable.add(index)
-                reason = error.message.splitlines()[0]
-                _report(stream, index, len(unreadable), reason)
+                _report(stream, index, len(unreadable), error.message.splitlines()[0])
             return load_readable(epoch, (index + 1) % stream.split.num_examples)
+        return {name: x.numpy() for name, x in row.items()}
 
     def mended(step: int) -> Batch:
         """A batch with unreadable images, one by one."""
@@ -216,7 +212,7 @@ def _report(stream: _Stream, index: int, count: int, reason: str) -> None:
     message = f"Cannot read {stream.split.name(index)}: {reason}"
     if stream.max_unreadable is None:
         raise UserError(f"{message}\nEvaluation leaves no image out: repair or remove it.")
-    if count > stream.max_unreadable * stream.split.num_examples:
+    if count > stream.max_unreadable * stream.split.num_examples or count == stream.split.num_examples:
         raise UserError(
             f"{message}\nUnreadable so far: {count} of {stream.split.num_examples} training images, more than "
             f"config.data.max_unreadable={stream.max_unreadable} allows. Repair the data, or raise the limit."

@@ -58,7 +58,7 @@ def tfds_builder(name: str, data_dir: str):
         return Digits(data_dir=data_dir or None)
     try:
         return tfds.builder(name, data_dir=data_dir or None)
-    except tfds.core.registered.DatasetNotFoundError:
+    except tfds.core.DatasetNotFoundError:
         near = difflib.get_close_matches(name.partition(":")[0], tfds.list_builders(), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(f"TFDS knows no data set {name!r} (config.data.name).{hint}") from None
@@ -84,7 +84,12 @@ def _open_digits(config: ConfigDict, split: str) -> Split:
     builder = tfds_builder("digits", config.data_dir)
     if not builder.info.splits:
         tfds.disable_progress_bar()
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        try:
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        except Exception:  # TFDS lets the file system's own errors through
+            builder = tfds_builder("digits", config.data_dir)
+            if not builder.info.splits:  # not just another process that was quicker
+                raise
     return _builder_split(builder, split)
 
 
@@ -105,7 +110,7 @@ def _builder_split(builder, split: str) -> Split:
             f"{builder.info.full_name} is no classification data set: it needs the features 'image' (Image) and "
             f"'label' (ClassLabel), and has {', '.join(features)}."
         )
-    if builder.info.file_format is not tfds.core.FileFormat.TFRECORD:
+    if builder.info.file_format not in (None, tfds.core.FileFormat.TFRECORD):
         raise UserError(
             f"{builder.data_dir} was prepared as {builder.info.file_format.value}; only tfrecord, TFDS's default, can be "
             f"read. Prepare it again: python -m simam_jax.data.prepare {builder.info.full_name} --data_dir ANOTHER_DIR"
