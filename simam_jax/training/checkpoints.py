@@ -214,7 +214,7 @@ def _read(path: Path, like: dict[str, Tree], model_spec: Meta | None = None) -> 
         _check_fits(path, meta, like, model_spec)
         wanted = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, item)) for name, item in like.items()}
         try:
-            restored = reader.restore(path, ocp.args.Composite(**wanted))
+            restored = reader.restore(path, ocp.args.Composite(**wanted)) if wanted else {}  # empty would mean: all
         except Exception as error:
             raise DamagedError(_first_line(error)) from error
     items = {name: restored[name] for name in like}
