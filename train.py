@@ -17,7 +17,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT=VALUE."
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's folder: checkpoints, event files, metrics. Continued if it has some."
+    "workdir", "", "The run's folder: checkpoints, event files, metrics. Continued if it has some."
 )
 MODE = flags.DEFINE_enum(
     "mode",
@@ -25,7 +25,8 @@ MODE = flags.DEFINE_enum(
     ["train", "eval", "check"],
     "train; eval: score the checkpoint; check: compile, show the costs, stop.",
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
+flags.register_validator("workdir", bool, "--workdir=DIR is needed.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,10 +1,15 @@
 """SimAM, the parameter-free attention module for ConvNets (Yang et al., ICML 2021), in JAX and Flax."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite, simam, simam_weights
 from simam_jax.errors import UserError
 from simam_jax.models import create_model, list_models
+
+if TYPE_CHECKING:
+    from simam_jax.convert import load_torch
+    from simam_jax.training.checkpoints import load
 
 __version__ = "0.1.0"
 __all__ = [

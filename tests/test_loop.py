@@ -66,7 +66,7 @@ def test_what_follows_a_recipe_s_name_chooses_the_model():
     module = importlib.import_module("configs.cifar10_resnet20_simam")
     config = module.get_config("model=cifar_preresnet56,attention=se")
     assert (config.model.name, config.model.attention) == ("cifar_preresnet56", "se")
-    with pytest.raises(simam_jax.UserError, match="Did you mean 'attention=...'"):
+    with pytest.raises(simam_jax.UserError, match=r"Did you mean 'attention=...'"):
         module.get_config("atention=se")
 
 

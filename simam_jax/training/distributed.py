@@ -43,7 +43,11 @@ def joined(config: ConfigDict) -> Iterator[None]:
         )
     try:
         jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            given["coordinator_address"],
+            given["num_processes"],
+            given["process_id"],
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise errors.UserError(f"The processes of {given} did not come together: {error}") from error

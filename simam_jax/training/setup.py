@@ -141,7 +141,8 @@ def _start_from(run: Run, fresh: Tree) -> Tree:
 
 
 def _differences(found: Tree, wanted: Tree) -> str:
-    has, needs = ({name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()} for tree in (found, wanted))
+    shapes = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (found, wanted))
+    has, needs = (flatten_dict(tree, sep="/") for tree in shapes)
     lines = [f"missing {name}" for name in sorted(set(needs) - set(has))]
     lines += [f"unexpected {name}" for name in sorted(set(has) - set(needs))]
     lines += [

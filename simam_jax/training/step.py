@@ -4,6 +4,7 @@ Every device holds the whole state and its share of the batch; gradients, statis
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(variables["params"]),
         }
-        return state.replace(step=state.step + 1, variables=variables, opt_state=opt_state, ema=ema), sums | gauges
+        return TrainState(state.step + 1, variables, opt_state, ema, state.key), sums | gauges
 
     mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(P(), P()))
     return jax.jit(mapped, donate_argnums=0)
@@ -161,7 +162,7 @@ def make_eval_step(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Callable
 
     def device_step(variables: Tree, batch: Batch) -> Metrics:
         images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-        logits = model.apply(variables, images, train=False)
+        logits: Any = model.apply(variables, images, train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jax.lax.psum(count_correct(logits, batch["label"], losses, batch["mask"] > 0), AXIS)
 
