@@ -118,13 +118,23 @@ class CBAM(nn.Module):
         channels, wide = x.shape[-1], at_least_float32(x.dtype)
         inner = self.linear(_reduced(channels, self.reduction), name="ChannelGate_mlp_1")
         outer = self.linear(channels, name="ChannelGate_mlp_3")
-        score = sum(outer(nn.relu(inner(pooled))) for pooled in (global_average(x), x.max((1, 2)).astype(wide)))
+        brightest = _maximum(x.reshape(x.shape[0], -1, channels), axis=1)[:, 0]
+        score = sum(outer(nn.relu(inner(pooled))) for pooled in (global_average(x), brightest.astype(wide)))
         x = x * nn.sigmoid(score)[:, None, None].astype(x.dtype)
 
-        summary = jnp.concatenate([x.max(-1, keepdims=True), x.mean(-1, keepdims=True)], -1)
+        summary = jnp.concatenate([_maximum(x, axis=-1), x.mean(-1, keepdims=True)], -1)
         score = Conv(1, 7, kernel_init=self.kernel_init, name="SpatialGate_spatial_conv")(summary)
         score = self.norm(momentum=0.99, name="SpatialGate_spatial_bn")(score, train)
         return x * nn.sigmoid(score)
+
+
+def _maximum(x: jax.Array, axis: int) -> jax.Array:
+    """The maximum along `axis`, kept with size 1; its gradient goes to the first place that has it, as in PyTorch.
+
+    The gradient of jnp.max looks for equal values again: where the compiler computes x a second time with other rounding
+    there are none, and it divides by zero.
+    """
+    return jnp.take_along_axis(x, jnp.argmax(x, axis, keepdims=True), axis)
 
 
 def _reduced(channels: int, reduction: int) -> int:
