@@ -15,7 +15,6 @@ from simam_jax.models.resnet import ResNet
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's time would be spent compiling
 
 
 @pytest.fixture

@@ -138,6 +138,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, also for a full disk
+            # Orbax's other writes still run, fail too, and would each leave a traceback below the message.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
             raise errors.UserError(
                 f"A checkpoint could not be written, so the run has stopped: {_first_line(error)}. {self.last_good()}. "
                 f"Make room, then start the same command again."
