@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_golden import CASES, GOLDEN, model_name
+from test_golden import NAMES, GOLDEN, model_name
 
 from simam_jax import UserError, create_model
 from simam_jax.summary import main, summarize
@@ -26,7 +26,7 @@ def test_readme_table(name: str):
     assert (round(summary.params / 1e6, 2), round(summary.flops / 1e9, 2)) == README[name]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_counts_equal_original(name: str):
     case = json.loads(Path(GOLDEN / f"{name}.json").read_text())
     model = create_model(
