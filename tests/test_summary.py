@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_golden import NAMES, GOLDEN, model_name
+from test_golden import GOLDEN, NAMES, model_name
 
 from simam_jax import UserError, create_model
 from simam_jax.summary import main, summarize
