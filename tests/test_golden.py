@@ -18,9 +18,9 @@ from flax.traverse_util import flatten_dict
 from simam_jax.convert import from_torch, to_torch, torch_names
 
 GOLDEN = Path(__file__).parent / "golden"
-QUICK = ("cifar-resnet20-basic-simam-0.0001", "imagenet-resnet18-se-16")  # the others take minutes: `pytest -m parity`
+QUICK = ("cifar-resnet20-basic-simam-0.0001", "imagenet-resnet18-se-16")  # the others take minutes: `pytest -m slow`
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
-CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.parity) for name in NAMES]
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 
 
 def model_name(case: dict) -> str:

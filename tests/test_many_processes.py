@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from processes import Run, losses
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
