@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from simam_jax import errors
 from simam_jax.models import create_model
+from simam_jax.models.network import variable_shapes
 
 VariablePath = tuple[str, ...]
 State = dict[str, np.ndarray]  # a state_dict: PyTorch's names, layouts and shapes
@@ -131,7 +132,7 @@ def from_torch(
     model = create_model(
         name, num_classes=num_classes, attention=attention, attention_param=attention_param, dtype=dtype
     )
-    expected: dict[VariablePath, Any] = flatten_dict(abstract_variables(model))
+    expected: dict[VariablePath, Any] = flatten_dict(variable_shapes(model))
     keys = torch_names(expected, name, attention)
     head = {path: key for path, key in keys.items() if path[1] == HEAD}
     if skip_head:
@@ -178,11 +179,6 @@ def to_torch(variables: dict[str, Any], name: str, *, attention: str = "simam", 
         if path[-1] == "mean":
             state[prefix + key.replace("running_mean", _COUNTER)] = np.zeros((), np.int64)
     return state
-
-
-def abstract_variables(model: nn.Module) -> dict[str, Any]:
-    """Shapes and dtypes of the model's variables, without computing them."""
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,14 +10,15 @@ from test_models import COMBINATIONS
 
 import simam_jax
 from simam_jax import UserError, convert, create_model, load_torch
-from simam_jax.convert import abstract_variables, from_torch, read_state, to_torch, write_state
+from simam_jax.convert import from_torch, read_state, to_torch, write_state
+from simam_jax.models.network import variable_shapes
 
 torch = pytest.importorskip("torch")
 
 
 def random_variables(name: str, attention: str, num_classes: int = 10) -> dict:
     rng = np.random.default_rng(0)
-    shapes = abstract_variables(create_model(name, num_classes=num_classes, attention=attention))
+    shapes = variable_shapes(create_model(name, num_classes=num_classes, attention=attention))
     return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
 
 

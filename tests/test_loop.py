@@ -9,8 +9,9 @@ import pytest
 
 import simam_jax
 from configs import base, digits_resnet20_simam
+from simam_jax.models.network import variable_shapes
 from simam_jax.training import checkpoints, evaluation, loop, setup
-from simam_jax.training.state import create_state, variable_shapes
+from simam_jax.training.state import create_state
 from simam_jax.training.step import make_train_step
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base"))

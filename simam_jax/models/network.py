@@ -1,5 +1,7 @@
 """What all networks share: how they are called, what they are told, how they end."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,6 +9,13 @@ from flax import linen as nn
 from simam_jax.errors import UserError
 from simam_jax.layers import global_average
 from simam_jax.models.blocks import Layers
+
+IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # no variable depends on the images' number or size
+
+
+def variable_shapes(model: nn.Module) -> dict[str, Any]:
+    """The shapes and dtypes of what `model.init` draws, without drawing it."""
+    return jax.eval_shape(model.init, jax.random.key(0), IMAGE)
 
 
 class Network(nn.Module, kw_only=True):

@@ -20,7 +20,8 @@ from flax import linen as nn
 from orbax.checkpoint import checkpoint_managers as policies
 
 from simam_jax import errors, models
-from simam_jax.training.state import TrainState, Tree, variable_shapes
+from simam_jax.models.network import variable_shapes
+from simam_jax.training.state import TrainState, Tree
 
 FOLDER = "checkpoints"
 Meta = dict[str, Any]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from simam_jax.models.network import IMAGE
+
 Tree = Any
-IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # no variable depends on the images' number or size
 
 
 @flax.struct.dataclass
@@ -36,11 +37,6 @@ def init_variables(model: nn.Module, key: jax.Array) -> Tree:
     # On CPUs the optimiser of XLA's compiler spends seconds on every single draw; nothing is gained by it here.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(model.init, compiler_options=options)(key, jnp.zeros(IMAGE.shape, IMAGE.dtype))
-
-
-def variable_shapes(model: nn.Module) -> Tree:
-    """The shapes and dtypes of `init_variables`, without drawing any."""
-    return jax.eval_shape(model.init, jax.random.key(0), IMAGE)
 
 
 def create_state(variables: Tree, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
