@@ -155,7 +155,8 @@ def from_torch(
             "\n".join([f"{source} does not fit {name} with attention {attention}:", *problems, f"{hint}."])
         )
 
-    variables = {path: jnp.asarray(_from_torch_layout(state[key]), expected[path].dtype) for path, key in keys.items()}
+    arrays = {path: _from_torch_layout(state[key]).astype(expected[path].dtype) for path, key in keys.items()}
+    variables: dict[VariablePath, Any] = jax.tree.map(jnp.asarray, arrays)
     if skip_head:
         # Only what is returned gets compiled and drawn.
         draw = jax.jit(lambda key, x: model.init(key, x)["params"][HEAD])

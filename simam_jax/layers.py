@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from simam_jax.convolution import convolve
 from simam_jax.errors import UserError
 
 Initializer = Callable[..., jax.Array]
@@ -22,18 +23,6 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """float64 for float64, float32 for everything narrower: the dtype of parameters and statistics."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
-    """Convolution of x (N, H, W, C) with kernel (K, K, C / groups, O), `padding` zeros on every side."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
 
 
 class Conv(nn.Module):
@@ -52,7 +41,9 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, at_least_float32(x.dtype))
-        return convolve(x, kernel.astype(x.dtype), self.stride, self.kernel_size // 2, self.groups)
+        return convolve(
+            x, kernel.astype(x.dtype), stride=self.stride, padding=self.kernel_size // 2, groups=self.groups
+        )
 
 
 class Linear(nn.Module):

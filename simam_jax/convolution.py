@@ -1,0 +1,155 @@
+"""One convolution, lowered as each platform computes it fastest; values, gradients and their types are the same everywhere.
+
+XLA's convolutions for GPUs and TPUs are left alone. Those for CPUs compute 1x1 kernels and the gradients of kernels several
+times slower than the same work written as matrix products, depthwise and grouped ones by orders of magnitude: here they
+are written so, inside `jax.lax.platform_dependent`. Small ones stay as they are: they would only take longer to compile.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
+
+_PATCHES = 2**23  # bytes: patches gathered at a time on a CPU should stay in its caches; with fewer in all it is small
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
+    """Convolution of x (N, H, W, C) with kernel (K, K, C / groups, O), `padding` zeros on every side.
+
+    Returns:
+        (N, (H + 2 * padding - K) // stride + 1, the same of W, O), in x's dtype, which is the kernel's too.
+    """
+    xla = partial(_xla, stride=stride, padding=padding, groups=groups)
+    dense = partial(_xla, stride=stride, padding=padding)
+    by_patches = partial(_by_patches, stride=stride, padding=padding)
+    by_taps = {"stride": stride, "padding": padding}
+
+    def lowered(on_cpu: Bilinear) -> Bilinear:
+        return lambda x, kernel: lax.platform_dependent(x, kernel, cpu=on_cpu, default=xla)
+
+    if kernel.shape[0] == 1 and groups == 1 and padding == 0:
+        return lowered(partial(_product, stride=stride))(x, kernel)
+    if x.shape[0] * _patch_bytes(x, kernel, stride, padding) <= _PATCHES:
+        return xla(x, kernel)
+    if groups == 1:
+        return _with_gradient(xla, lowered(by_patches))(x, kernel)
+    if groups == x.shape[3] == kernel.shape[3]:
+        at_once, one_by_one = partial(_sum_of_taps, **by_taps), partial(_tap_by_tap, **by_taps)
+        return _with_gradient(lowered(at_once), lowered(one_by_one))(x, kernel)
+
+    def ungrouped(f: Bilinear) -> Bilinear:
+        return lambda x, kernel: f(x, _block_diagonal(kernel, groups))
+
+    return _with_gradient(lowered(ungrouped(dense)), lowered(ungrouped(by_patches)))(x, kernel)
+
+
+def _with_gradient(value: Bilinear, in_kernel: Bilinear) -> Bilinear:
+    """`value`, with the gradient of the kernel by the transpose of `in_kernel`, another form of the same function."""
+
+    @jax.custom_jvp
+    def f(x, kernel):
+        return value(x, kernel)
+
+    @partial(f.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        (x, kernel), (dx, dkernel) = primals, tangents
+        terms = []
+        if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+            terms.append(value(dx, kernel))
+        if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
+            terms.append(in_kernel(x, dkernel))
+        return f(x, kernel), sum(terms[1:], start=terms[0])
+
+    return f
+
+
+def _xla(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: int = 1) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _product(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    """A 1x1 convolution as a matrix product over the channels."""
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
+
+
+def _places(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of the result."""
+    height, width = ((n + 2 * padding - kernel.shape[0]) // stride + 1 for n in x.shape[1:3])
+    return height, width
+
+
+def _patch_bytes(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> int:
+    """Bytes of what the kernel sees of one image, over all its places."""
+    height, width = _places(x, kernel, stride, padding)
+    return height * width * kernel.shape[0] ** 2 * x.shape[3] * x.dtype.itemsize
+
+
+def _pad(x: jax.Array, padding: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+
+def _tap(padded: jax.Array, place: tuple[int, int], result: tuple[int, int], stride: int) -> jax.Array:
+    """What the place (i, j) of a kernel sees of x, (N, H', W', C)."""
+    (i, j), (height, width) = place, result
+    return padded[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+
+
+def _by_patches(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """A convolution as matrix products of the kernel with gathered patches, some images at a time."""
+    size, _, inputs, outputs = kernel.shape
+    most = _PATCHES // _patch_bytes(x, kernel, stride, padding)
+    at_once = max(n for n in range(1, x.shape[0] + 1) if x.shape[0] % n == 0 and (n == 1 or n <= most))
+    result = _places(x, kernel, stride, padding)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # what is kept for the gradient is x, not its patches
+    def some(images: jax.Array) -> jax.Array:
+        images = _pad(images, padding)
+        patches = [_tap(images, place, result, stride) for place in np.ndindex(size, size)]
+        rows = jnp.concatenate(patches, -1).reshape(-1, size * size * inputs)
+        return (rows @ kernel.reshape(-1, outputs)).reshape(-1, *result, outputs)
+
+    return lax.map(some, x.reshape(-1, at_once, *x.shape[1:])).reshape(-1, *result, outputs)
+
+
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """A depthwise convolution as a sum of shifted products, which XLA fuses into one loop over the result."""
+    padded, result = _pad(x, padding), _places(x, kernel, stride, padding)
+    places = np.ndindex(kernel.shape[:2])
+    first, *others = (_tap(padded, place, result, stride) * kernel[place] for place in places)
+    return sum(others, start=first)
+
+
+def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """The same as a loop over the places of the kernel: its transpose in the kernel is one reduction, compiled once."""
+    padded, (height, width) = _pad(x, padding), _places(x, kernel, stride, padding)
+    window = (x.shape[0], (height - 1) * stride + 1, (width - 1) * stride + 1, x.shape[3])
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def add(y: jax.Array, tap: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        (i, j), weights = tap
+        seen = lax.dynamic_slice(padded, (0, i, j, 0), window)[:, ::stride, ::stride]
+        return y + seen * weights, None
+
+    places = jnp.array(list(np.ndindex(kernel.shape[:2])))
+    nothing = jnp.zeros_like(x[:, :1, :1] * kernel[0, 0], shape=(x.shape[0], height, width, x.shape[3]))
+    return lax.scan(add, nothing, (places, kernel.reshape(-1, x.shape[3])))[0]
+
+
+def _block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
+    """The kernel (K, K, C, O) of the dense convolution that a grouped one is: zero between the groups."""
+    size, _, inputs, outputs = kernel.shape
+    split = kernel.reshape(size, size, 1, inputs, groups, outputs // groups)
+    blocks = split * jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
+    return blocks.reshape(size, size, inputs * groups, outputs)
