@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SMALL = {  # 60 updates of a network on 8x8 images: a second of work
+SMALL = {  # 30 updates of a network on 8x8 images: a second of work
     "batch_size": 48,
-    "num_steps": 60,
+    "num_steps": 30,
     "log_every_steps": 1,
     "eval_every_epochs": 0.0,
     "checkpoint.every_epochs": 0.1,  # every third update

@@ -6,20 +6,19 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_models import COMBINATIONS
+from test_models import COMBINATIONS, shapes
 
 import simam_jax
 from simam_jax import UserError, convert, create_model, load_torch
 from simam_jax.convert import from_torch, read_state, to_torch, write_state
-from simam_jax.models.network import variable_shapes
 
 torch = pytest.importorskip("torch")
 
 
-def random_variables(name: str, attention: str, num_classes: int = 10) -> dict:
+def random_variables(name: str, attention: str, num_classes: int = 7) -> dict:
     rng = np.random.default_rng(0)
-    shapes = variable_shapes(create_model(name, num_classes=num_classes, attention=attention))
-    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
+    model = create_model(name, num_classes=num_classes, attention=attention)
+    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes(model))
 
 
 def assert_equal(tree: dict, other: dict):
@@ -32,7 +31,7 @@ def assert_equal(tree: dict, other: dict):
 @pytest.fixture(scope="module")
 def state() -> convert.State:
     """A small network of the original, with SE."""
-    return to_torch(random_variables("cifar_resnet20", "se"), "cifar_resnet20", attention="se")
+    return to_torch(random_variables("cifar_resnet20", "se", 10), "cifar_resnet20", attention="se")
 
 
 def in_torch(state: convert.State) -> dict:
@@ -45,7 +44,7 @@ def test_round_trip_is_bit_identical(name: str, attention: str):
     there = to_torch(variables, name, attention=attention)
     assert sum(key.endswith("num_batches_tracked") for key in there) == len(flatten_dict(variables["batch_stats"])) // 2
     model, back = from_torch(there, name, attention=attention)
-    assert model.num_classes == 10
+    assert model.num_classes == 7
     assert_equal(back, variables)
 
 

@@ -61,16 +61,21 @@ def golden_images(case: dict, seed: int = 7) -> tuple[np.ndarray, np.random.Gene
     return nhwc(rng.standard_normal((case["batch"], 3, size, size), dtype=np.float32)), rng
 
 
-def build(case: dict, dtype: str, state: dict):
+def build(case: dict):
+    """The network of a case, in float32."""
     model, variables = from_torch(
-        state,
+        golden_state(case["state_dict"]),
         model_name(case),
         attention=case["attention"],
         attention_param=case["attention_param"],
-        dtype=dtype,
     )
     # The original's numbers of the wide networks are without dropout.
     return model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model, variables
+
+
+def in_float64(model, variables):
+    """The same network and weights, computing in float64; needs 64-bit mode."""
+    return model.clone(dtype=jnp.dtype("float64")), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
 
 
 def make_train(model):
@@ -104,15 +109,15 @@ def assert_close(actual, golden, what: str):
 
 @pytest.fixture(scope="module", params=CASES)
 def original(request):
-    """A case: what was asked of the original, what it answered, and its weights."""
+    """A case: what was asked of the original, what it answered, and its network."""
     case, golden = read_case(request.param)
-    return case, golden, golden_state(case["state_dict"])
+    return case, golden, *build(case)
 
 
 def test_float64_equals_original(original):
-    case, golden, state = original
+    case, golden, *network = original
     with jax.enable_x64(True):
-        model, variables = build(case, "float64", state)
+        model, variables = in_float64(*network)
         x, labels = golden_images(case)[0], np.array(case["labels"])
         assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == case["params"]
         predict = jax.jit(partial(model.apply, train=False))
@@ -156,8 +161,7 @@ def sgd(train, variables, case):
 
 
 def test_float32_eval_logits_equal_original(original):
-    case, golden, state = original
-    model, variables = build(case, "float32", state)
+    case, golden, model, variables = original
     logits = jax.jit(partial(model.apply, train=False))(variables, golden_images(case)[0])
     assert logits.dtype == jnp.float32
     error = np.abs(logits - golden["eval_logits"]).max() / np.abs(golden["eval_logits"]).max()
@@ -168,8 +172,7 @@ def test_a_wrong_lambda_shows():
     """The comparison above is sharp: a lambda that is off by 1 % fails it."""
     case, golden = read_case("cifar-resnet20-basic-simam-0.0001")
     with jax.enable_x64(True):
-        state = golden_state(case["state_dict"])
-        model, variables = build(case | {"attention_param": 1.01e-4}, "float64", state)
+        model, variables = in_float64(*build(case | {"attention_param": 1.01e-4}))
         logits = jax.jit(model.apply)(variables, golden_images(case)[0])
         with pytest.raises(AssertionError):
             assert_close(logits, golden["eval_logits"], "eval logits")

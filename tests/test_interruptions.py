@@ -29,15 +29,15 @@ def undisturbed(tmp_path_factory, cache):
 def assert_equal_bit_by_bit(workdir, undisturbed):
     (_, a), (_, b) = simam_jax.load(workdir), simam_jax.load(undisturbed)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-    assert losses(workdir)[60] == losses(undisturbed)[60]
+    assert losses(workdir)[30] == losses(undisturbed)[30]
 
 
 def test_kill_9_at_five_random_moments(tmp_path, cache, undisturbed):
     moments = random.Random(0)
     for kill in range(5):
         run = Run(tmp_path, cache)
-        step = 9 * kill + 3 + moments.randrange(6)
-        run.until(rf"step ({step}|{step + 1}|{step + 2}|60)/60")
+        step = 5 * kill + 2 + moments.randrange(4)
+        run.until(rf"step ({step}|{step + 1}|{step + 2}|30)/30")
         time.sleep(moments.uniform(0, 0.05))  # between, during or after a save
         run.kill(signal.SIGKILL)
         assert run.end() == -signal.SIGKILL
@@ -50,15 +50,15 @@ def test_kill_9_at_five_random_moments(tmp_path, cache, undisturbed):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_saves_and_exits_in_good_order(number, tmp_path, cache, undisturbed):
     run = Run(tmp_path, cache, **{"checkpoint.every_epochs": 0.0})
-    run.until("step 20/60")
+    run.until("step 10/30")
     run.kill(number)
     assert run.end() == 0, run.output
     assert "Stopped on request after update" in run.output
     step = max(losses(tmp_path))
-    assert 20 <= step < 60
+    assert 10 <= step < 30
     again = Run(tmp_path, cache)
     again.until(rf"Continuing from .*/checkpoints/{step}$")
-    again.until(f"step {step + 1}/60")
+    again.until(f"step {step + 1}/30")
     assert again.end() == 0, again.output
     assert_equal_bit_by_bit(tmp_path, undisturbed)
 
@@ -68,8 +68,8 @@ def test_a_full_disk_stops_the_run_at_once_and_says_so(tmp_path, cache, undistur
     assert run.end() == 2
     (message,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
     assert "could not be written" in message
-    assert message.endswith("Make room, then start the same command again.")
-    assert max(losses(tmp_path)) < 30
+    assert "Make room, then start the same command again." in message  # a thread of Orbax may still be writing there
+    assert max(losses(tmp_path)) < 15
 
 
 def test_the_digits_run_leaves_what_its_users_look_for(tmp_path, cache, undisturbed):
@@ -77,8 +77,8 @@ def test_the_digits_run_leaves_what_its_users_look_for(tmp_path, cache, undistur
 
     lines = (undisturbed / "train.log").read_text().splitlines()
     assert "Finished. eval top-1" in lines[-1]
-    assert lines[-1].endswith(f"Checkpoint: {undisturbed}/checkpoints/60")
-    for word in ("step 30/60", "epoch", "loss", "top-1", "images/s", "data wait", "ETA"):
+    assert lines[-1].endswith(f"Checkpoint: {undisturbed}/checkpoints/30")
+    for word in ("step 15/30", "epoch", "loss", "top-1", "images/s", "data wait", "ETA"):
         assert any(word in line for line in lines)
 
     events = EventAccumulator(str(undisturbed)).Reload()
@@ -95,6 +95,6 @@ def test_the_digits_run_leaves_what_its_users_look_for(tmp_path, cache, undistur
     assert score.split(", loss")[0] in evaluated.output  # 360 images in batches of 100, padded: every one counted once
     checked = Run(tmp_path, cache, mode="check")
     assert checked.end() == 0, checked.output
-    for row in ("parameters       0.27 M", "60 updates", "memory", "estimated time"):
+    for row in ("parameters       0.27 M", "30 updates", "memory", "estimated time"):
         assert row in checked.output
     assert not (tmp_path / "checkpoints").exists()

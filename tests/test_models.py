@@ -1,5 +1,6 @@
 """What every network promises, and the layers below them: shapes, types, groups of batch norm, dropout, errors."""
 
+import functools
 import math
 from functools import partial
 from itertools import pairwise
@@ -14,12 +15,15 @@ from jax.sharding import PartitionSpec as P
 from simam_jax import UserError, create_model, list_models
 from simam_jax.layers import BatchNorm, Conv, Dropout, halve, max_pool
 from simam_jax.models import ATTENTIONS, MODELS
+from simam_jax.models.network import variable_shapes
+
+shapes = functools.cache(variable_shapes)  # shared with the tests of conversion
 
 
 def abstract(model, size: int):
     """Shapes of the model's variables and of what a training call returns."""
     x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = shapes(model)
     call = partial(model.apply, train=True, features=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
     return variables, *jax.eval_shape(call, variables, x)
 
