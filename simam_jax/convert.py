@@ -256,7 +256,12 @@ def read_state(path: str | Path) -> State:
 def _read_torch(path: Path) -> State:
     import torch
 
-    contents = torch.load(path, map_location="cpu", weights_only=True)
+    # NumPy's scalars are harmless, and training scripts leave them beside the weights (an accuracy, say).
+    scalar = np.float64().__reduce__()[0]
+    harmless: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    harmless += [np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"] + np.typecodes["AllInteger"]}]
+    with torch.serialization.safe_globals(harmless):
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
         beside = sorted(set(contents) - {"state_dict"})
         if beside:

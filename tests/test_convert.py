@@ -80,6 +80,8 @@ def test_every_format_round_trips(state: convert.State, tmp_path, ending: str):
 
 def test_both_forms_of_the_original(state: convert.State, tmp_path, caplog: pytest.LogCaptureFixture):
     training = {"epoch": 3, "arch": "x", "best_acc": torch.tensor(71.0), "optimizer": {"state": {}, "param_groups": []}}
+    scores = {"best_acc": np.float64(71.0), "losses": [np.float32(0.5), np.int64(2)]}
+    torch.save({"state_dict": in_torch(state)} | scores, tmp_path / "scores.pth.tar")
     torch.save(
         training | {"state_dict": in_torch({f"module.{k}": v for k, v in state.items()})}, tmp_path / "a.pth.tar"
     )
@@ -88,7 +90,7 @@ def test_both_forms_of_the_original(state: convert.State, tmp_path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         _, first = load_torch(tmp_path / "a.pth.tar", "cifar_resnet20", attention="se")
     assert "arch, best_acc, epoch, optimizer" in caplog.text
-    for name in ("b.pth", "bare.pth"):
+    for name in ("b.pth", "bare.pth", "scores.pth.tar"):
         assert_equal(load_torch(tmp_path / name, "cifar_resnet20", attention="se")[1], first)
     assert_equal(from_torch(state, "cifar_resnet20", attention="se")[1], first)
 
