@@ -9,10 +9,11 @@ import pytest
 
 import simam_jax
 from configs import base, digits_resnet20_simam
+from simam_jax import data
 from simam_jax.models.network import variable_shapes
 from simam_jax.training import checkpoints, evaluation, loop, setup
 from simam_jax.training.state import create_state
-from simam_jax.training.step import make_train_step
+from simam_jax.training.step import make_train_step, split_over
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base"))
 
@@ -124,7 +125,7 @@ def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe):
-    """Traced, not run: compiling all of them would take longer than the rest of the tests."""
+    """At full size, traced and not run."""
     config = importlib.import_module(f"configs.{recipe}").get_config()
     config.update_from_flattened_dict({"data.source": "synthetic", "compilation_cache_dir": ""})
     run = setup.build(config)
@@ -139,3 +140,21 @@ def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe):
     after, values = jax.eval_shape(step, state, batch)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after))
     assert values["loss"].dtype == np.float32
+
+
+@pytest.mark.slow  # ten large programs to compile
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_update_of_every_recipe_at_a_small_size(recipe):
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    small = {"data.source": "synthetic", "data.image_size": 32, "batch_size": 16, "model.bn_group_size": 4}
+    config.update_from_flattened_dict(small | {"compilation_cache_dir": ""})
+    run = setup.build(config)
+    state = setup.initial_state(run)
+    before = jax.device_get(state.variables["params"])
+    stream = data.train_batches(config.data, seed=0, start_step=0, global_batch_size=config.batch_size)
+    step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
+    for batch, _ in zip(stream, range(2), strict=False):  # the rate of a warm-up may begin at zero
+        state, values = step(state, jax.device_put(batch, split_over(run.mesh)))
+    assert np.isfinite(values["loss"])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.variables["params"]))
+    assert jax.tree.all(moved)
