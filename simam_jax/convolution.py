@@ -24,28 +24,29 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     Returns:
         (N, (H + 2 * padding - K) // stride + 1, the same of W, O), in x's dtype, which is the kernel's too.
     """
-    xla = partial(_xla, stride=stride, padding=padding, groups=groups)
-    dense = partial(_xla, stride=stride, padding=padding)
-    by_patches = partial(_by_patches, stride=stride, padding=padding)
-    by_taps = {"stride": stride, "padding": padding}
+    geometry = {"stride": stride, "padding": padding}
+    xla = partial(_xla, **geometry, groups=groups)
 
     def lowered(on_cpu: Bilinear) -> Bilinear:
         return lambda x, kernel: lax.platform_dependent(x, kernel, cpu=on_cpu, default=xla)
 
+    if not all(isinstance(n, int) for n in x.shape):  # a symbolic size of jax.export: how large it is cannot be asked
+        return xla(x, kernel)
     if kernel.shape[0] == 1 and groups == 1 and padding == 0:
         return lowered(partial(_product, stride=stride))(x, kernel)
-    if x.shape[0] * _patch_bytes(x, kernel, stride, padding) <= _PATCHES:
+    if x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _PATCHES:
         return xla(x, kernel)
+    by_patches = partial(_by_patches, **geometry)
     if groups == 1:
         return _with_gradient(xla, lowered(by_patches))(x, kernel)
     if groups == x.shape[3] == kernel.shape[3]:
-        at_once, one_by_one = partial(_sum_of_taps, **by_taps), partial(_tap_by_tap, **by_taps)
-        return _with_gradient(lowered(at_once), lowered(one_by_one))(x, kernel)
+        all_taps, tap_by_tap = partial(_sum_of_taps, **geometry), partial(_tap_by_tap, **geometry)
+        return _with_gradient(lowered(all_taps), lowered(tap_by_tap))(x, kernel)
 
     def ungrouped(f: Bilinear) -> Bilinear:
         return lambda x, kernel: f(x, _block_diagonal(kernel, groups))
 
-    return _with_gradient(lowered(ungrouped(dense)), lowered(ungrouped(by_patches)))(x, kernel)
+    return _with_gradient(lowered(ungrouped(partial(_xla, **geometry))), lowered(ungrouped(by_patches)))(x, kernel)
 
 
 def _with_gradient(value: Bilinear, in_kernel: Bilinear) -> Bilinear:
@@ -143,6 +144,7 @@ def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
         return y + seen * weights, None
 
     places = jnp.array(list(np.ndindex(kernel.shape[:2])))
+    # Made from both inputs: under shard_map a sum varies over the devices as its terms do.
     nothing = jnp.zeros_like(x[:, :1, :1] * kernel[0, 0], shape=(x.shape[0], height, width, x.shape[3]))
     return lax.scan(add, nothing, (places, kernel.reshape(-1, x.shape[3])))[0]
 

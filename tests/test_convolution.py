@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -167,3 +168,12 @@ def test_narrow_types_stay(dtype):
             partial(jax.vjp, partial(convolve, stride=1, padding=size // 2, groups=groups)), x, kernel
         )
         assert {leaf.dtype for leaf in (y, *jax.eval_shape(pullback, y))} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, 1), (3, 1), (3, 6)])
+def test_a_symbolic_batch_size(size, groups):
+    x, kernel = (array.astype(np.float32) for array in draw(size, 6, 6, groups))
+    geometry = {"stride": 2, "padding": size // 2, "groups": groups}
+    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 9, 10, 6"), np.float32)
+    exported = jax.export.export(jax.jit(partial(convolve, **geometry)))(images, kernel)
+    np.testing.assert_allclose(exported.call(x, kernel), reference(x, kernel, **geometry), atol=1e-5)
