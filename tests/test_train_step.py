@@ -72,7 +72,7 @@ def assert_close(a, b, **tolerance):
     "changes",
     [
         {"model.bn_group_size": BATCH},  # synchronised
-        # Four devices share a statistic where there are eight.
+        {"model.bn_group_size": 4},  # two devices share a statistic where there are eight
         {"model.bn_group_size": 4, "optimizer.grad_accum_steps": 2, "ema_decay": 0.5},
         {"model.bn_group_size": 8, "mixup_alpha": 0.4, "cutmix_alpha": 1.0, "label_smoothing": 0.1},
     ],
@@ -82,6 +82,13 @@ def test_eight_devices_equal_one(changes, tiny_network, mesh_of):
     one = run(tiny_network, mesh_of(1), config)
     eight = run(tiny_network, mesh_of(8), config)
     assert_close(one, eight, rtol=1e-11, atol=1e-13)
+
+
+def test_synchronised_batch_norm_in_float32_is_the_same_on_eight_devices(tiny_network, mesh_of):
+    config = settings(**{"model.bn_group_size": BATCH})
+    one, _ = run(tiny_network, mesh_of(1), config, dtype="float32", steps=4)
+    eight, _ = run(tiny_network, mesh_of(8), config, dtype="float32", steps=4)
+    np.testing.assert_allclose([v["loss"] for v in one], [v["loss"] for v in eight], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
