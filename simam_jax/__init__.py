@@ -9,11 +9,13 @@ from simam_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
     from simam_jax.convert import load_torch
+    from simam_jax.inference import Predictor
     from simam_jax.training.checkpoints import load
 
 __version__ = "0.1.0"
 __all__ = [
     "CBAM",
+    "Predictor",
     "SimAM",
     "SqueezeExcite",
     "UserError",
@@ -26,7 +28,11 @@ __all__ = [
 ]
 
 # Loaded on first use: what they import takes longer than the rest together.
-_LAZY = {"load": "simam_jax.training.checkpoints", "load_torch": "simam_jax.convert"}
+_LAZY = {
+    "Predictor": "simam_jax.inference",
+    "load": "simam_jax.training.checkpoints",
+    "load_torch": "simam_jax.convert",
+}
 
 
 def __getattr__(name: str):

@@ -1,0 +1,232 @@
+"""A trained network as one looks at images with it: `Predictor.load(path)(images)`."""
+
+import dataclasses
+import functools
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+
+from simam_jax import convert, errors
+from simam_jax.data import on_device
+from simam_jax.preprocessing import ImageLike, Preprocessing, of_original
+from simam_jax.training import checkpoints
+
+_AHEAD = 2  # batches on their way through the device while the next images are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Of N images.
+
+    Attributes:
+        probabilities: (N, classes) float32.
+        class_names: one for each column.
+    """
+
+    probabilities: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """For every image the k likeliest classes with their probabilities, the likeliest first.
+
+        Raises:
+            UserError: k is less than 1.
+        """
+        if k < 1:
+            raise errors.UserError(f"top needs at least 1 class, got {k}.")
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
+        return [
+            [(self.class_names[i], float(row[i])) for i in best]
+            for row, best in zip(self.probabilities, order, strict=True)
+        ]
+
+
+class Predictor:
+    """A network with the preprocessing and the class names that it was trained with.
+
+        predictor = simam_jax.Predictor.load("runs/resnet50")
+        predictor(["cat.jpg", "dog.jpg"]).top(5)
+
+    Attributes:
+        model, variables: for `model.apply(variables, normalised_images)`.
+        preprocessing: from an image to the pixels that the network sees.
+        class_names: one for each logit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Any,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+    ):
+        """Args as the attributes; `class_names` None: numbers. At most `batch_size` images are computed at once."""
+        if batch_size < 1:
+            raise errors.UserError(f"batch_size must be at least 1, got {batch_size}.")
+        num_classes: int = model.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+        names = map(str, range(num_classes)) if class_names is None else class_names
+        self.model, self.variables, self.preprocessing = model, variables, preprocessing
+        self.class_names, self.batch_size = tuple(names), batch_size
+        if len(self.class_names) != num_classes:
+            raise errors.UserError(f"{len(self.class_names)} class names for {num_classes} classes.")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        num_classes: int | None = None,
+        attention: str = "simam",
+        attention_param: float | None = None,
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
+        ema: bool = False,
+        batch_size: int = 32,
+    ) -> "Predictor":
+        """The network in a workdir or a checkpoint of train.py, or in a file of the original.
+
+        Args:
+            path: a workdir (its newest checkpoint), a checkpoint, or a .pth.tar, .pth, .safetensors or .npz.
+            name, num_classes, attention, attention_param: of a file, as for `load_torch`; a checkpoint knows them.
+                A `name` that is not the checkpoint's is an error.
+            preprocessing: None: the checkpoint's; for weights without one what the original uses for that network.
+            class_names: None: the checkpoint's; for a file numbers.
+            ema: the exponential moving average of the variables, where the run kept one.
+            batch_size: the most images computed at once.
+
+        Raises:
+            UserError: nothing that can be read is there, or it is of another model.
+        """
+        if Path(path).is_file():
+            if name is None:
+                raise errors.UserError(f"{path} does not say of which model it is: give its name, such as resnet50.")
+            model, variables = convert.load_torch(
+                path, name, num_classes=num_classes, attention=attention, attention_param=attention_param
+            )
+            meta: checkpoints.Meta = {}
+        else:
+            meta = checkpoints.read_meta(path)
+            asked, name = name, str(meta["model"]["name"])
+            if asked not in (None, name):
+                raise errors.UserError(f"The checkpoint {path} is of {name}, not of {asked}.")
+            model, variables = checkpoints.load(path, ema=ema)
+        if preprocessing is None:
+            preprocessing = _stored(meta) or of_original(name)
+        if class_names is None:
+            class_names = meta.get("class_names")
+        return cls(model, variables, preprocessing, class_names, batch_size=batch_size)
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Predictions:
+        """The probabilities of one image or of many, of any sizes.
+
+        Args:
+            images: a path, a PIL image, an array (H, W), (H, W, C) of uint8, or a sequence of any of these, such as
+                an array (N, H, W, C).
+
+        Raises:
+            UserError: one of them is no readable image; the message names it.
+        """
+        rows = []
+        for _, result in self.stream([images] if _is_one(images) else images):  # pyright: ignore
+            if isinstance(result, errors.UserError):
+                raise result
+            rows.append(result)
+        return Predictions(np.stack(rows) if rows else np.zeros((0, len(self.class_names)), "f4"), self.class_names)
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[tuple[ImageLike, np.ndarray | errors.UserError]]:
+        """Each image with its probabilities (classes,), or with the error that reading it gave; in their order.
+
+        Images are read by several threads while the device computes; only a few batches are in memory at a time.
+        """
+        waiting: deque[tuple[list[ImageLike], list[np.ndarray | errors.UserError], jax.Array | None]] = deque()
+
+        def finished() -> Iterator[tuple[ImageLike, np.ndarray | errors.UserError]]:
+            sources, read, probabilities = waiting.popleft()
+            rows = iter(np.asarray(probabilities) if probabilities is not None else ())
+            for source, pixels in zip(sources, read, strict=True):
+                yield source, pixels if isinstance(pixels, errors.UserError) else next(rows)
+
+        with ThreadPoolExecutor() as threads:
+            batches = _ahead(threads, self._read, images, self.batch_size)
+            for sources, read in batches:
+                pixels = [image for image in read if isinstance(image, np.ndarray)]
+                waiting.append((sources, read, self.probabilities(np.stack(pixels)) if pixels else None))
+                if len(waiting) > _AHEAD:
+                    yield from finished()
+            while waiting:
+                yield from finished()
+
+    def _read(self, image: ImageLike) -> np.ndarray | errors.UserError:
+        try:
+            return self.preprocessing(image)
+        except errors.UserError as error:
+            return error
+
+    def probabilities(self, pixels: np.ndarray) -> jax.Array:
+        """(N, classes) float32 on the device, without waiting for it.
+
+        Args:
+            pixels: uint8 (N, image_size, image_size, 3), of `preprocessing`.
+        """
+        # Filled up to a power of two, so that few sizes are ever compiled.
+        count = len(pixels)
+        size = 1 << (count - 1).bit_length()
+        padded = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), np.uint8)])
+        return self._apply(self.variables, padded)[:count]
+
+    @functools.cached_property
+    def _apply(self):
+        @jax.jit
+        def apply(variables: Any, pixels: jax.Array) -> jax.Array:
+            return jax.nn.softmax(self.logits(variables, pixels))
+
+        return apply
+
+    def logits(self, variables: Any, pixels: jax.Array) -> jax.Array:
+        """A pure function from uint8 (N, image_size, image_size, 3) to (N, classes), for `jax.jit` and its like."""
+        how = self.preprocessing
+        images = on_device.normalize(pixels, how.mean, how.std, jnp.float32)
+        return self.model.apply(variables, images)  # pyright: ignore[reportReturnType]
+
+
+def _stored(meta: checkpoints.Meta) -> Preprocessing | None:
+    stored = meta.get("preprocessing")
+    if not stored:
+        return None
+    return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
+
+
+def _is_one(images: Any) -> bool:
+    if isinstance(images, np.ndarray | jax.Array):
+        return images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 3, 4))
+    return isinstance(images, str | Path | Image.Image)
+
+
+def _ahead(
+    threads: ThreadPoolExecutor, read: Any, images: Iterable[ImageLike], size: int
+) -> Iterator[tuple[list[ImageLike], list[Any]]]:
+    """Batches of images and of what `read` makes of them, the next ones already being read."""
+    pending: deque[list[tuple[ImageLike, Any]]] = deque()
+    stream = iter(images)
+    while True:
+        while len(pending) <= _AHEAD and (batch := list(itertools.islice(stream, size))):
+            pending.append([(image, threads.submit(read, image)) for image in batch])
+        if not pending:
+            return
+        done = pending.popleft()
+        yield [image for image, _ in done], [future.result() for _, future in done]

@@ -1,0 +1,46 @@
+"""What a trained network sees in images, as a table or as JSON: `python -m simam_jax.predict`."""
+
+import argparse
+import json
+import os
+import sys
+
+from simam_jax import errors
+from simam_jax.command_line import add_model_arguments, find_images, load_predictor, with_progress
+from simam_jax.inference import Predictions
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m simam_jax.predict",
+        description="The likeliest classes of images. Unreadable ones are named, skipped, and make the exit code 1.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("images", nargs="+", help="image files and folders of them")
+    parser.add_argument("--top", type=int, default=5, help="classes for each image (default 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--batch-size", type=int, default=32, help="images computed at once (default 32)")
+    args = parser.parse_args(argv)
+    if args.top < 1:
+        raise errors.UserError(f"--top must be at least 1, got {args.top}.")
+    paths = find_images(args.images)
+    predictor = load_predictor(args, batch_size=args.batch_size)
+
+    skipped = 0
+    for path, result in with_progress(predictor.stream(paths), len(paths)):
+        if isinstance(result, errors.UserError):
+            skipped += 1
+            print(f"skipped: {result}", file=sys.stderr)
+            continue
+        (best,) = Predictions(result[None], predictor.class_names).top(args.top)
+        if args.json:
+            print(json.dumps({"image": str(path), "top": [{"class": n, "probability": p} for n, p in best]}))
+        else:
+            print(path, *(f"  {100 * p:6.2f} %  {n}" for n, p in best), sep=os.linesep)
+    if skipped:
+        print(f"{skipped} of {len(paths)} images could not be read.", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    errors.run_cli(main)

@@ -1,0 +1,117 @@
+"""One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from simam_jax.errors import UserError
+
+ImageLike = str | os.PathLike[str] | Image.Image | ArrayLike
+
+# Larger ones are refused before they are decoded: a few bytes of a file can claim any size.
+MAX_PIXELS = 178_956_970  # PIL's own limit, 0.5 GiB of RGB
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a network wants its images; stored with every checkpoint, from `config.data`.
+
+    Attributes:
+        image_size: pixels, height and width of what the network sees.
+        eval_resize: pixels of the shorter side before the centre crop; 0: the whole image straight to image_size.
+        mean, std: per channel, of pixels in 0..1.
+    """
+
+    image_size: int
+    eval_resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        if self.image_size < 1 or 0 < self.eval_resize < self.image_size:
+            raise UserError(
+                f"eval_resize={self.eval_resize} must be 0 or at least image_size={self.image_size}, which is 1 or more."
+            )
+
+    def __call__(self, image: ImageLike) -> np.ndarray:
+        """The image as uint8 (image_size, image_size, 3), not yet normalised: torchvision's Resize and CenterCrop.
+
+        Args:
+            image: a path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 in 0..255.
+
+        Raises:
+            UserError: no readable image; the message names it.
+        """
+        if isinstance(image, Image.Image):
+            return self._pixels(image, "The image")
+        if not isinstance(image, str | os.PathLike):
+            return self._pixels(_from_array(np.asarray(image)), "The array")
+        path = Path(image)
+        if not path.is_file():
+            raise UserError(f"{path} is {'a folder, not an image' if path.is_dir() else 'no file'}.")
+        try:
+            with Image.open(path) as opened:
+                return self._pixels(opened, str(path))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's ways to say no
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be read as an image: {_reason(error)}.") from error
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of an image that the network sees: left, top, right, bottom in pixels."""
+        if not self.eval_resize:
+            return 0.0, 0.0, float(width), float(height)
+        shorter = min(width, height)
+        (left, right), (top, bottom) = (
+            self._span(length, self.eval_resize * length // shorter) for length in (width, height)
+        )
+        return left, top, right, bottom
+
+    def _span(self, length: int, resized: int) -> tuple[float, float]:
+        start = round((resized - self.image_size) / 2)  # Python rounds a half to the even number, as torchvision does
+        return start * length / resized, (start + self.image_size) * length / resized
+
+    def _pixels(self, image: Image.Image, name: str) -> np.ndarray:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
+        # Only the part that is seen is resized: a panorama would not fit in memory at that height.
+        size = (self.image_size, self.image_size)
+        rgb = _to_rgb(image)
+        return np.asarray(rgb.resize(size, Image.Resampling.BILINEAR, box=self.box(width, height)))
+
+
+IMAGENET = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR = Preprocessing(32, 0, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def of_original(model_name: str) -> Preprocessing:
+    """What the original feeds the network of that name with, for weights that come without a word about it."""
+    return CIFAR if model_name.startswith("cifar_") else IMAGENET
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a value: PIL's own conversion would cut off instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise UserError(
+            f"An image as an array must be uint8 in 0..255, got {array.dtype}: "
+            "for values in 0..1 use (255 * x).round().astype('uint8')."
+        )
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        raise UserError(f"An image as an array must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}.")
+    return Image.fromarray(array)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
