@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from simam_jax import CBAM, SimAM, SqueezeExcite, UserError, simam, simam_weights
 
@@ -31,15 +33,72 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (6, 6, 4), (2, 3, 4, 4, 2)])
+FAST_AND_PLAIN = pytest.mark.parametrize("implementation", ["xla", "reference"])
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (6, 6, 4), (2, 3, 4, 4, 2), (2, 2, 1, 3)])
 @pytest.mark.parametrize("e_lambda", [1e-4, 0.1])
-def test_formula_and_gradient(shape: tuple[int, ...], e_lambda: float):
+@FAST_AND_PLAIN
+def test_formula_and_gradient(shape: tuple[int, ...], e_lambda: float, implementation: str):
     x, g = 2 * draw(*shape) + 1, draw(*shape, seed=1)
     with jax.enable_x64(True):
         np.testing.assert_allclose(simam_weights(x, e_lambda), formula(x, e_lambda), rtol=1e-13)
-        y, vjp = jax.vjp(lambda x: simam(x, e_lambda), jnp.asarray(x))
+        y, vjp = jax.vjp(lambda x: simam(x, e_lambda, implementation=implementation), jnp.asarray(x))
         np.testing.assert_allclose(y, x * formula(x, e_lambda), rtol=1e-13)
         np.testing.assert_allclose(vjp(jnp.asarray(g))[0], gradient(x, g, e_lambda), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@FAST_AND_PLAIN
+def test_float32_is_as_accurate_as_float32_can_be(mean: float, implementation: str):
+    """A mean of 1,000 times the deviation costs the weights nothing; y and dx are rounded at the size of x."""
+    x, g = draw(2, 56, 56, 4), draw(2, 56, 56, 4, seed=1)
+    x = np.float64((x + mean).astype(np.float32))
+    y, vjp = jax.vjp(lambda x: simam(x, implementation=implementation), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, x * formula(x, 1e-4), rtol=2e-6)
+    exact = gradient(x, g, 1e-4)
+    np.testing.assert_allclose(vjp(jnp.asarray(g, jnp.float32))[0], exact, atol=4e-6 * np.abs(exact).max())
+
+
+def test_transformations_of_jax():
+    """vmap and second derivatives (reverse over reverse) of the fast form; forward mode of the reference."""
+    x, v = draw(2, 3, 4, 4, 2), draw(2, 3, 4, 4, 2, seed=1)
+    with jax.enable_x64(True):
+        x, v = jnp.asarray(x), jnp.asarray(v)
+
+        def energy(implementation):
+            return lambda x: (simam(x, 0.1, implementation=implementation) * v).sum()
+
+        fast, plain = energy("xla"), energy("reference")
+        np.testing.assert_allclose(jax.vmap(simam)(x), simam(x), rtol=1e-13)
+        np.testing.assert_allclose(
+            jax.vmap(jax.grad(lambda x: simam(x).sum()))(x), jax.grad(lambda x: simam(x).sum())(x)
+        )
+        curvature = jax.grad(lambda x: (jax.grad(fast)(x) * v).sum())(x)
+        np.testing.assert_allclose(curvature, jax.jvp(jax.grad(plain), (x,), (v,))[1], rtol=1e-9, atol=1e-12)
+        tangent = jax.jvp(plain, (x,), (v,))[1]
+        np.testing.assert_allclose(tangent, (jax.grad(fast)(x) * v).sum(), rtol=1e-12)
+
+
+def test_it_is_the_same_on_the_shards_of_a_batch(mesh_of):
+    x = jnp.asarray(draw(4, 5, 6, 3), jnp.float32)
+    shard = jax.shard_map(
+        jax.value_and_grad(lambda x: lax.psum(simam(x).sum(), "data")),
+        mesh=mesh_of(4),
+        in_specs=P("data"),
+        out_specs=(P(), P("data")),
+    )
+    value, grad = jax.jit(shard)(x)
+    expected, expected_grad = jax.value_and_grad(lambda x: simam(x).sum())(x)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_kept_for_the_gradient_is_the_map_and_three_numbers_a_channel():
+    x = jnp.asarray(draw(2, 16, 16, 8), jnp.bfloat16)
+    _, vjp = jax.vjp(simam, x)
+    kept = sorted(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
+    assert kept == [2 * 8 * 4] * 3 + [x.size * 2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -92,6 +151,11 @@ def test_wrong_input(x: np.ndarray, e_lambda: float, message: str):
     for function in (simam, simam_weights):
         with pytest.raises(UserError, match=message):
             function(x, e_lambda)
+
+
+def test_an_unknown_implementation_is_an_error():
+    with pytest.raises(UserError, match="Unknown implementation 'plain'"):
+        simam(np.ones((4, 4, 3), np.float32), implementation="plain")
 
 
 def test_module_has_no_parameters_and_sows_only_when_asked():
