@@ -104,8 +104,8 @@ def _simam(x: jax.Array, e_lambda: float) -> jax.Array:
 
 def _forward(x: jax.Array, e_lambda: float):
     # One pass: the sums of x and its square, of which x's own first value, subtracted, leaves nothing large to cancel.
-    wide = x.astype(at_least_float32(x.dtype))
-    shift = wide[..., :1, :1, :]
+    dtype = at_least_float32(x.dtype)
+    wide, shift = x.astype(dtype), x[..., :1, :1, :].astype(dtype)
     mean, square = (y.mean(_MAP, keepdims=True) for y in (wide - shift, jnp.square(wide - shift)))
     size = x.shape[-3] * x.shape[-2]
     v = jnp.maximum(square - jnp.square(mean), 0) * (size / _degrees_of_freedom(x))
