@@ -1,0 +1,91 @@
+"""What the documentation shows is run: every Python block, every command; the API reference is built."""
+
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from processes import ROOT
+from sklearn.datasets import load_sample_images
+
+import simam_jax
+from simam_jax import convert
+from simam_jax.models.network import variable_shapes
+from simam_jax.training import checkpoints
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks(README, "bash") for line in block.splitlines()]
+SET_UP = [line for line in COMMANDS if "python3 -m venv" in line]  # the tests themselves run in what these make
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the README speaks of: trained networks, the original's file, photographs."""
+    folder = tmp_path_factory.mktemp("readme")
+    for workdir, name, classes in (
+        ("digits", "cifar_resnet20", 10),
+        ("digits_none", "cifar_resnet20", 10),
+        ("resnet50_imagenet", "resnet50", 1000),
+    ):
+        attention = "none" if workdir.endswith("none") else "simam"
+        model = simam_jax.create_model(name, num_classes=classes, attention=attention)
+        random = np.random.default_rng(0)
+        variables = jax.tree.map(
+            lambda leaf, r=random: 0.05 * np.abs(r.standard_normal(leaf.shape, np.float32)), variable_shapes(model)
+        )
+        spec = {
+            "name": name,
+            "num_classes": classes,
+            "attention": attention,
+            "attention_param": model.attention_param,
+            "dtype": "float32",
+        }
+        checkpoints.save_weights(folder / "runs" / workdir, spec, variables)
+    convert.write_state(convert.to_torch(variables, "resnet50"), folder / "resnet50_simam.pth.tar")
+    (folder / "photos").mkdir()
+    for name, photograph in zip(("cat.jpg", "dog.jpg"), load_sample_images().images, strict=True):
+        for target in (folder / name, folder / "photos" / name):
+            Image.fromarray(photograph).save(target)
+    return folder
+
+
+def test_the_mathematics_page_holds():
+    page = (ROOT / "docs" / "mathematics.md").read_text()
+    assert len(blocks(page, "python")) == 2
+    for block in blocks(page, "python"):
+        exec(block, {})
+
+
+@pytest.mark.slow
+def test_the_api_reference_is_built(tmp_path):
+    command = [sys.executable, "docs/build.py", str(tmp_path)]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "does not resolve" not in result.stdout + result.stderr
+    assert "Eq. 5 and 6" in (tmp_path / "simam_jax" / "attention.html").read_text()
+    assert "Predictor" in (tmp_path / "simam_jax.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    names: dict = {}
+    for block in blocks(README, "python"):
+        exec(block, names)
+    assert names["logits"].shape == (2, 1000)
