@@ -1,0 +1,182 @@
+"""A trained network as one file for other programs: `python -m simam_jax.export`.
+
+What is exported takes the pixels of `Preprocessing`, uint8 (N, image_size, image_size, 3) with any N, normalises them itself
+and gives the logits, float32 (N, classes).
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simam_jax import errors
+from simam_jax.command_line import add_model_arguments, load_predictor
+from simam_jax.inference import Predictor
+
+PLATFORMS = ("cpu", "cuda", "tpu")  # that stablehlo and saved_model are lowered for
+TOLERANCE = 1e-4  # of logits; where the largest is above 1, of that one
+
+Network = Callable[[Any], Any]  # from pixels to logits, arrays of JAX while it is traced, of NumPy when it is read
+
+
+def export(predictor: Predictor, format: str, output: str | Path) -> float:
+    """Writes the network in `predictor`, runs what was written in its own runtime and compares.
+
+    Computation is in float32, whatever the network was trained in: its parameters are.
+
+    Args:
+        format: a name in `FORMATS`.
+        output: a new file, for saved_model a new folder; it appears when it is complete and has passed.
+
+    Returns:
+        The largest difference between the logits of both for random pixels, in units of the largest logit where that is
+        above 1.
+
+    Raises:
+        UserError: no such format, a package is missing, `output` exists or cannot be written, or the logits differ.
+    """
+    check(format, output)
+    output, network, size = Path(output), _network(predictor), predictor.preprocessing.image_size
+    write, read, _ = FORMATS[format]
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            written = Path(folder) / output.name
+            write(network, size, written)
+            difference = _difference(network, read(written), size)
+            os.rename(written, output)
+    except OSError as error:
+        raise errors.UserError(f"{output} cannot be written: {error}") from error
+    return difference
+
+
+def check(format: str, output: str | Path) -> None:
+    """Raises the errors of `export` that can be known before there is a network."""
+    if format not in FORMATS:
+        raise errors.unknown("format", format, FORMATS)
+    missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise errors.UserError(f"The format {format} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if os.path.lexists(output):
+        raise errors.UserError(f"{output} exists already: nothing was written. Name another output.")
+    if not Path(output).parent.is_dir():
+        raise errors.UserError(f"There is no folder {Path(output).parent} to write {Path(output).name} into.")
+
+
+def write_stablehlo(network: Network, image_size: int, path: Path) -> None:
+    """One file for `jax.export.deserialize`, for every platform in `PLATFORMS`."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    pixels = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), jnp.uint8)
+    path.write_bytes(jax.export.export(jax.jit(network), platforms=PLATFORMS)(pixels).serialize())
+
+
+def read_stablehlo(path: Path) -> Network:
+    """As JAX runs it."""
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    return jax.jit(exported.call)
+
+
+def write_saved_model(network: Network, image_size: int, path: Path) -> None:
+    """A folder for `tf.saved_model.load(folder).logits` and TensorFlow Serving, for every platform in `PLATFORMS`."""
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    converted = jax2tf.convert(
+        network, polymorphic_shapes=["(batch, ...)"], with_gradient=False, native_serialization_platforms=PLATFORMS
+    )
+    signature = [tf.TensorSpec((None, image_size, image_size, 3), tf.uint8, name="pixels")]
+    module: Any = tf.Module()
+    module.logits = tf.function(converted, input_signature=signature, autograph=False)
+    served = tf.function(lambda pixels: {"logits": module.logits(pixels)}, input_signature=signature, autograph=False)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": served})
+
+
+def read_saved_model(path: Path) -> Network:
+    """As TensorFlow runs it."""
+    import tensorflow as tf
+
+    module: Any = tf.saved_model.load(str(path))
+    return lambda pixels: module.logits(pixels).numpy()
+
+
+def write_onnx(network: Network, image_size: int, path: Path) -> None:
+    """One file for any ONNX runtime, from `pixels` to `logits`."""
+    from simam_jax.to_onnx import translate
+
+    model = translate(network, (image_size, image_size, 3), jnp.uint8, ("pixels", "logits"))
+    path.write_bytes(model.SerializeToString())
+
+
+def read_onnx(path: Path) -> Network:
+    """As ONNX Runtime runs it, on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(["logits"], {"pixels": pixels})[0]
+
+
+class Format(NamedTuple):
+    """How a format is written, how it is read for the comparison, and what both need beside JAX."""
+
+    write: Callable[[Network, int, Path], None]
+    read: Callable[[Path], Network]
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "stablehlo": Format(write_stablehlo, read_stablehlo),
+    "saved_model": Format(write_saved_model, read_saved_model, ("tensorflow",)),
+    "onnx": Format(write_onnx, read_onnx, ("onnx", "onnxruntime")),
+}
+
+
+def _network(predictor: Predictor) -> Network:
+    """Pixels to logits in float32, with the weights inside."""
+    model = predictor.model.clone(dtype=jnp.dtype(jnp.float32))
+    in_float32 = Predictor(model, predictor.variables, predictor.preprocessing, predictor.class_names)
+    return functools.partial(in_float32.logits, jax.device_get(predictor.variables))
+
+
+def _difference(network: Network, exported: Network, image_size: int) -> float:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, image_size, image_size, 3), np.uint8)
+    with jax.default_device("cpu"):  # where float32 is not shortened
+        expected, got = np.asarray(jax.jit(network)(pixels)), np.asarray(exported(pixels))
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        raise errors.UserError(f"The exported network gives {got.dtype} {got.shape}: nothing was written.")
+    difference = float(np.abs(got - expected).max() / max(1, np.abs(expected).max()))
+    if not difference <= TOLERANCE:  # NaN neither
+        raise errors.UserError(
+            f"The exported network's logits differ by {difference:.1e}, more than {TOLERANCE:.0e}: nothing was written."
+        )
+    return difference
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m simam_jax.export",
+        description="Writes a trained network for other programs, from uint8 pixels (N, S, S, 3) to logits, for any N.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("output", help="a new file; for saved_model a new folder")
+    args = parser.parse_args(argv)
+    check(args.format, args.output)
+    predictor = load_predictor(args)
+    print(f"Writing {args.output}, then running it beside the network ...", flush=True)
+    difference = export(predictor, args.format, args.output)
+    size = predictor.preprocessing.image_size
+    print(
+        f"{args.output}: uint8 (N, {size}, {size}, 3) to float32 (N, {len(predictor.class_names)}); "
+        f"its logits differ by at most {difference:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    errors.run_cli(main)
