@@ -10,6 +10,7 @@ TITLES = {
     "simam_op": ("SimAM alone, over PyTorch's", "python -m benchmarks.simam_op"),
     "memory": ("Memory of a training step beside its state", "python -m benchmarks.memory"),
     "traffic": ("Memory moved on an H100, counted in the compiled program", "python -m benchmarks.traffic"),
+    "predictor": ("`Predictor` from files over the bare network", "python -m benchmarks.predictor"),
     "startup": ("From the command to the first update", "python -m benchmarks.startup"),
 }
 

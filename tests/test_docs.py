@@ -1,12 +1,16 @@
 """What the documentation shows is run: every Python block, every command; the API reference is built."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from processes import ROOT
 from sklearn.datasets import load_sample_images
@@ -89,3 +93,38 @@ def test_the_python_of_the_readme_runs(place, monkeypatch):
     for block in blocks(README, "python"):
         exec(block, names)
     assert names["logits"].shape == (2, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m simam_jax.")])
+def test_the_commands_of_the_readme_run(command, place, monkeypatch):
+    module, *arguments = shlex.split(command)[2:]
+    if "data.prepare" in module:  # needs ImageNet's files, or the network
+        arguments = ["--help"]
+    if "demo" in module:  # goes on until Ctrl-C
+        arguments = ["--help"]
+    monkeypatch.chdir(place)
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "train.py" in line and line not in SET_UP])
+def test_the_training_commands_of_the_readme_are_understood(command, monkeypatch):
+    arguments = shlex.split(command)
+    arguments = arguments[arguments.index("train.py") :]
+    monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for --config.FIELD
+    monkeypatch.chdir(ROOT)
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", "", "", flag_values=values)
+    flags.DEFINE_enum("mode", "train", ["train", "eval", "check"], "", flag_values=values)
+    values(arguments)
+    assert values.workdir
+    assert config.value.batch_size
