@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 0  # images per evaluation batch, over all devices; 0: batch_size
     config.eval_every_epochs = 1.0  # how often the whole evaluation set is run (and always at the end)
     config.log_every_steps = 100  # how often metrics are written
+    config.visualize_every_epochs = 0.0  # how often SimAM's weights over four images go to TensorBoard; 0: never
     config.init_from = ""  # start from these weights: a workdir, a checkpoint, or a PyTorch .pth/.pth.tar
     config.init_skip_head = False  # with init_from: leave out the classifier (another number of classes)
     config.profile_steps = ""  # "FIRST:LAST" updates to write a profile of, for TensorBoard

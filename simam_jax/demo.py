@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import functools
 import html
 import io
 import json
@@ -13,11 +12,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from PIL import Image, ImageOps
 
 from simam_jax import errors
@@ -26,6 +22,7 @@ from simam_jax.data import on_device
 from simam_jax.inference import Predictions, Predictor
 from simam_jax.preprocessing import MAX_PIXELS
 from simam_jax.training import checkpoints
+from simam_jax.visualize import attention_weights, overlay
 
 MAX_BYTES = 20_000_000  # of an upload
 SHOWN = 336  # pixels: smaller images are enlarged before a heat map is laid over them
@@ -55,11 +52,11 @@ def look(predictor: Predictor, upload: bytes) -> dict[str, Any]:
     }
     how = predictor.preprocessing
     images = on_device.normalize(jnp.asarray(pixels[None]), how.mean, how.std)
-    if weights := _attention_weights(predictor.model, predictor.variables, images):
+    if weights := attention_weights(predictor.model, predictor.variables, images):
         layer, last = list(weights.items())[-1]
         heat = np.asarray(last[0], np.float32).mean(-1)
         seen |= {
-            "attention": _data_url(_overlay(np.asarray(shown), heat)),
+            "attention": _data_url(overlay(np.asarray(shown), heat)),
             "layer": layer,
             "range": [float(heat.min()), float(heat.max())],
         }
@@ -78,30 +75,6 @@ def _decode(upload: bytes) -> Image.Image:
         raise errors.UserError(
             "This is no image, or a damaged one, or of a kind that is not read. JPEG, PNG, WebP, GIF, BMP and TIFF are."
         ) from error
-
-
-def _attention_weights(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """SimAM's weights (N, H, W, C) by layer, from the first to the last, of normalised images (N, H, W, 3)."""
-    sown: Any = flatten_dict(_intermediates(model, variables, images))
-    weights = {"/".join(path[:-2]): calls[-1] for path, calls in sown.items() if path[-1] == "weights"}
-    return dict(sorted(weights.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _intermediates(model: nn.Module, variables: Any, images: jax.Array) -> Any:
-    state: Any = model.apply(variables, images, mutable=["intermediates"])[1]
-    return state.get("intermediates", {})
-
-
-def _overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """heat (H, W) in colours, its lowest value dark and its highest bright, over the grey pixels (S, S, 3) of uint8."""
-    size = pixels.shape[1::-1]
-    scaled = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
-    smooth = np.asarray(Image.fromarray(scaled).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    inferno = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
-    colours = np.stack([np.interp(smooth, np.linspace(0, 1, 5), channel) for channel in inferno.T], -1)
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    return Image.fromarray((0.6 * colours + 0.4 * grey).round().astype(np.uint8))
 
 
 def _data_url(image: Image.Image) -> str:

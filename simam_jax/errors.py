@@ -10,11 +10,12 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is in no table: names the nearest known one, then all of them."""
+    """The error for a name that is in no table: names the nearest known one, then all of them (or the first 50)."""
     known = list(known)
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(f"Unknown {kind} {value!r}.{hint} Known: {', '.join(known)}.")
+    more = f" and {len(known) - 50} more" if len(known) > 50 else ""
+    return UserError(f"Unknown {kind} {value!r}.{hint} Known: {', '.join(known[:50])}{more}.")
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

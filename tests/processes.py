@@ -1,11 +1,16 @@
 """Runs of train.py in processes of their own, for the tests that need real ones."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 SMALL = {  # 30 updates of a network on 8x8 images: a second of work
@@ -71,6 +76,14 @@ def losses(workdir: Path) -> dict[int, float]:
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def pictures(workdir: Path, name: str) -> dict[int, np.ndarray]:
+    """The images of that name in the event files, uint8 (H, W, 3) by step."""
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    encoded = {event.step: event.tensor_proto.string_val[2] for event in events.Tensors(name)}  # 0, 1: its size
+    return {step: np.asarray(Image.open(io.BytesIO(png))) for step, png in encoded.items()}
 
 
 def wait_for(condition, seconds: float) -> None:

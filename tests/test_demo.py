@@ -110,14 +110,6 @@ def test_an_image_gets_its_top_five_and_where_the_attention_is(address, predicto
     assert np.abs(back - pixels).mean() < 8
 
 
-def test_the_overlay_is_bright_where_the_heat_is():
-    heat = np.zeros((4, 4), np.float32)
-    heat[0, 3] = 2
-    overlay = np.asarray(demo._overlay(np.full((64, 64, 3), 100, np.uint8), heat)).mean(-1)
-    assert np.unravel_index(overlay.argmax(), overlay.shape)[0] < 16 <= 48 <= overlay[:16].argmax() % 64
-    assert overlay[8, 56] > 2 * overlay[48, 16]
-
-
 def test_photographs_are_turned_as_their_camera_says(address):
     upright = PHOTOGRAPH.resize((64, 64))
     turned = Image.Exif()

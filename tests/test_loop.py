@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import pictures
 
 import simam_jax
 from configs import base, digits_resnet20_simam
@@ -51,6 +52,7 @@ def small(**changes):
         ({"num_steps": 0, "num_epochs": 0.0}, "make no update"),
         ({"profile_steps": "ten"}, "FIRST:LAST"),
         ({"init_from": "nowhere.pth"}, "nowhere.pth"),
+        ({"visualize_every_epochs": 1.0, "model.attention": "se"}, "draws SimAM's weights.*attention=se"),
     ],
 )
 def test_a_wrong_setting_is_one_message(changes, message, tmp_path):
@@ -82,8 +84,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
-    loop.train(small(), str(workdir))
+    loop.train(small(visualize_every_epochs=1 / 1600), str(workdir))  # each update
     return workdir
+
+
+def test_the_attention_is_drawn_for_tensorboard(trained):
+    first, second = (pictures(trained, "attention")[step] for step in (1, 2))
+    assert first.shape == second.shape
+    height, width, _ = first.shape
+    assert width > height > 400  # four images, one below the other; ten panels side by side
+    assert (first != second).any()  # the weights have moved
 
 
 def test_a_workdir_of_another_model_is_refused_and_stays(trained):

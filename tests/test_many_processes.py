@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import Run, losses
+from processes import Run, losses, pictures
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +36,13 @@ def start_two(workdir, cache, **changes) -> list[Run]:
 
 
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path, cache):
-    small = {"num_steps": 6, "model.bn_group_size": 24}
+    small = {"num_steps": 6, "model.bn_group_size": 24, "visualize_every_epochs": 0.1}
     single = Run(tmp_path / "single", cache, devices=4, **small)
     assert single.end() == 0, single.output
     pair = start_two(tmp_path / "pair", cache, **small)
     for run in pair:
         assert run.end() == 0, run.output
+    assert list(pictures(tmp_path / "pair", "attention")) == [3, 6]
     one, two = losses(tmp_path / "single"), losses(tmp_path / "pair")
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
     # float32: the order in which gradients are added differs

@@ -38,7 +38,8 @@ class MobileNetV2(Network, kw_only=True):
                     layers, width, stride if i == 0 else 1, expansion, self.cifar, name=f"layers_{index}"
                 )
                 x, index = block(x, train), index + 1
-            stages[f"layer{stage + 1}"] = x
+            name = f"layer{stage + 1}"
+            stages[name] = x = self.perturbed(name, x)
         x = activation(norm(name="bn2")(conv(1280, name="conv2")(x), train))
         logits = self.classify(layers, x)
         return (logits, stages) if features else logits

@@ -23,6 +23,8 @@ class Network(nn.Module, kw_only=True):
 
     x is (N, H, W, 3), floating and normalised. The logits are (N, num_classes), float32 (float64 if `dtype` is).
     With `features` the result is (logits, {"layer1": (N, H1, W1, C1), ...}), the output of each stage in `dtype`.
+    What `variables["perturbations"]` holds under a stage's name is added to its output, so that gradients with respect
+    to that output can be taken (as by `flax.linen.Module.perturb`, which would also make `init` store zeros).
     With `train`, batch norm uses the batch's statistics and "batch_stats" must be mutable; networks with dropout
     also need `rngs={"dropout": key}`.
     """
@@ -46,6 +48,11 @@ class Network(nn.Module, kw_only=True):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(f"A network takes normalised floating-point images, got {x.dtype}.")
         return x.astype(self.dtype)
+
+    @nn.nowrap
+    def perturbed(self, stage: str, x: jax.Array) -> jax.Array:
+        """The output of a stage, plus the perturbation that the caller may have passed for it."""
+        return x + self.get_variable("perturbations", stage) if self.has_variable("perturbations", stage) else x
 
     @nn.nowrap
     def classify(self, layers: Layers, x: jax.Array, **changes) -> jax.Array:

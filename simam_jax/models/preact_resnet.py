@@ -29,7 +29,8 @@ class PreActResNet(Network, kw_only=True):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
                 x = self.block(layers, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(x, train)
-            stages[f"layer{stage + 1}"] = x
+            name = f"layer{stage + 1}"
+            stages[name] = x = self.perturbed(name, x)
         x = nn.relu(layers.norm(name="bn")(x, train))
         logits = self.classify(layers, x, bias_init=self.head_bias_init)
         return (logits, stages) if features else logits

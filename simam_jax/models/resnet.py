@@ -28,7 +28,8 @@ class ResNet(Network, kw_only=True):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
                 x = self.block(layers, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train)
-            stages[f"layer{stage + 1}"] = x
+            name = f"layer{stage + 1}"
+            stages[name] = x = self.perturbed(name, x)
         logits = self.classify(layers, x)
         return (logits, stages) if features else logits
 

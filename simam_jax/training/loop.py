@@ -13,6 +13,7 @@ from simam_jax import data, errors
 from simam_jax.training import checkpoints, distributed, interruption, metrics, prefetch, setup
 from simam_jax.training.evaluation import describe, evaluate
 from simam_jax.training.meter import Meter
+from simam_jax.training.pictures import AttentionPicture
 from simam_jax.training.profile import Profiler
 from simam_jax.training.progress import Progress, duration
 from simam_jax.training.step import make_eval_step, make_train_step
@@ -70,6 +71,8 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
     stream = data.train_batches(config.data, seed=config.seed, start_step=first, global_batch_size=config.batch_size)
     batches = prefetch.to_devices(stream, run.mesh, config.data.prefetch)
     eval_at, save_at = run.every(config.eval_every_epochs), run.every(config.checkpoint.every_epochs)
+    picture = AttentionPicture(run)
+    report_at = eval_at | save_at | picture.due
     profiler = Profiler(config.profile_steps, folder)
     meter = Meter(run, first)
 
@@ -90,7 +93,7 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
             store.check()
             stop = stop_requested(step) and step < num_steps
 
-            if step % config.log_every_steps == 0 or step in eval_at or step in save_at or stop:
+            if step % config.log_every_steps == 0 or step in report_at or stop:
                 scalars = meter.report(step, store.last_good)
                 writer.write(step, run.epochs_at(step), scalars)
                 progress.say(_line(run, step, scalars))
@@ -104,6 +107,8 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
                 writer.write(step, run.epochs_at(step), scores)
                 progress.say(f"step {step}/{num_steps}  {describe(scores)}")
                 watchdog.beat(step)
+            if step in picture.due:
+                writer.write_images(step, picture.draw(state.variables))
             if step in save_at or stop:
                 top1 = scores.get("eval_ema/top1", scores["eval/top1"]) if step in eval_at and not stop else None
                 clock = {"elapsed_seconds": before + meter.seconds_since_start()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 Scalars = dict[str, float]
 
@@ -27,7 +28,7 @@ def memory_in_use() -> float:
 
 
 class MetricWriter:
-    """Writes scalars to all places; on processes other than the first it does nothing."""
+    """Writes scalars to all places and images to TensorBoard; on processes other than the first it does nothing."""
 
     def __init__(self, workdir: Path, hyper_parameters: Mapping[str, Any]):
         self._active = jax.process_index() == 0
@@ -48,6 +49,12 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, "epoch": epoch, "time": time.time()} | scalars) + "\n")
         self._boards.write_scalars(step, scalars)
         self._boards.flush()
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, uint8 (N, H, W, 3) by name, to the event file."""
+        if self._active:
+            self._boards.write_images(step, images)
+            self._boards.flush()
 
     def close(self) -> None:
         if self._active:

@@ -89,6 +89,11 @@ def build(config: ConfigDict) -> Run:
         bn_group_size=config.model.bn_group_size,
         axis_name=AXIS,
     )
+    if config.visualize_every_epochs and config.model.attention != "simam":
+        raise errors.UserError(
+            f"config.visualize_every_epochs={config.visualize_every_epochs} draws SimAM's weights, which a network with "
+            f"config.model.attention={config.model.attention} does not have: set it to 0."
+        )
     num_steps = config.num_steps or steps_in(config.num_epochs, info.num_train, config.batch_size)
     if num_steps < 1:
         raise errors.UserError(
