@@ -94,29 +94,38 @@ def _reference(x: jax.Array, e_lambda: float) -> jax.Array:
     return (wide * _weights(wide, e_lambda)).astype(x.dtype)
 
 
-# The same in few passes over memory. Forward, one reads x for the statistics and one reads x and writes y; backward, one
-# reads x and dy for two sums and one reads both again and writes dx. A compiler that sees a value used in both passes, or
-# y in what follows, rather writes it to memory in float32 and reads it back: the barriers keep the passes apart.
+# The same in few passes over memory. Forward, one pass reads x for the statistics, one reads x and writes y; backward, one
+# reads x and dy for two sums, one reads both again and writes dx. A compiler that sees a value used in both passes, or y
+# in what follows, would write it in float32 and read it back: the barriers keep the passes apart. See docs/mathematics.md.
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _simam(x: jax.Array, e_lambda: float) -> jax.Array:
-    return _forward(x, e_lambda)[0]
+    return _attended(x, *_statistics(x, e_lambda))
 
 
-def _forward(x: jax.Array, e_lambda: float):
+def _statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A value of each channel, the mean of x less that value, and a = 1 / (4 (v + lambda)), all (..., 1, 1, C)."""
     # One pass: the sums of x and its square, of which x's own first value, subtracted, leaves nothing large to cancel.
     dtype = at_least_float32(x.dtype)
     wide, shift = x.astype(dtype), x[..., :1, :1, :].astype(dtype)
     mean, square = (y.mean(_MAP, keepdims=True) for y in (wide - shift, jnp.square(wide - shift)))
     size = x.shape[-3] * x.shape[-2]
     v = jnp.maximum(square - jnp.square(mean), 0) * (size / _degrees_of_freedom(x))
-    statistics = shift, mean, 1 / (4 * (v + e_lambda))
-    _, weights = _centred_and_weights(wide, *statistics)
-    return lax.optimization_barrier((wide * weights).astype(x.dtype)), (x, *statistics)
+    return shift, mean, 1 / (4 * (v + e_lambda))
+
+
+def _attended(x: jax.Array, *statistics: jax.Array) -> jax.Array:
+    wide = x.astype(at_least_float32(x.dtype))
+    return (wide * _centred_and_weights(wide, *statistics)[1]).astype(x.dtype)
 
 
 def _centred_and_weights(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
     centred = x - shift - mean
     return centred, jax.nn.sigmoid(a * jnp.square(centred) + 0.5)
+
+
+def _forward(x: jax.Array, e_lambda: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    statistics = _statistics(x, e_lambda)
+    return lax.optimization_barrier(_attended(x, *statistics)), (x, *statistics)
 
 
 def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array]:

@@ -16,6 +16,8 @@ from simam_jax.inference import Predictor
 from simam_jax.models.blocks import Bottleneck, InvertedResidual
 from simam_jax.models.resnet import ResNet
 
+pytestmark = pytest.mark.slow
+
 # Of a fresh process: the file, then the batches to read and the logits to write.
 RUNTIMES = {
     "stablehlo": """
@@ -62,7 +64,6 @@ def network(tmp_path_factory):
     return make
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -91,7 +92,6 @@ def test_a_fresh_process_computes_the_same_logits(name, format, network, tmp_pat
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "attention"),
     [(partial(Bottleneck, pool=True), "cbam"), (partial(Bottleneck, groups=4), "se"), (InvertedResidual, "simam")],

@@ -47,7 +47,7 @@ def test_kill_9_at_five_random_moments(tmp_path, cache, undisturbed):
     assert_equal_bit_by_bit(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_request_to_stop_saves_and_exits_in_good_order(number, tmp_path, cache, undisturbed):
     run = Run(tmp_path, cache, **{"checkpoint.every_epochs": 0.0})
     run.until("step 10/30")

@@ -36,7 +36,8 @@ def start_two(workdir, cache, **changes) -> list[Run]:
 
 
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path, cache):
-    small = {"num_steps": 6, "model.bn_group_size": 24, "visualize_every_epochs": 0.1}
+    # At a larger rate this network is chaotic: rounding grows tenfold with every update.
+    small = {"num_steps": 6, "model.bn_group_size": 24, "schedule.learning_rate": 0.01, "visualize_every_epochs": 0.1}
     single = Run(tmp_path / "single", cache, devices=4, **small)
     assert single.end() == 0, single.output
     pair = start_two(tmp_path / "pair", cache, **small)
@@ -46,7 +47,7 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, cache):
     one, two = losses(tmp_path / "single"), losses(tmp_path / "pair")
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
     # float32: the order in which gradients are added differs
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)
 
 
 def test_a_request_to_stop_one_process_stops_both_after_the_same_update(tmp_path, cache):

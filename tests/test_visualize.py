@@ -20,6 +20,8 @@ from simam_jax.models.resnet import ResNet
 from simam_jax.training import checkpoints
 from simam_jax.training.state import init_variables
 
+pytestmark = pytest.mark.slow
+
 SPEC = {"name": "tiny", "num_classes": 3, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = ["a temple", "a flower", "a cat"]
 SEEN = {"image_size": 16, "eval_resize": 20, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}
