@@ -1,5 +1,6 @@
 """What the documentation shows is run: every Python block, every command; the API reference is built."""
 
+import json
 import os
 import re
 import shlex
@@ -54,6 +55,8 @@ def place(tmp_path_factory):
             "dtype": "float32",
         }
         checkpoints.save_weights(folder / "runs" / workdir, spec, variables)
+        rows = [{"step": k, "epoch": k, "train/top1": k / 9, "eval/top1": k / 10} for k in range(1, 9)]
+        (folder / "runs" / workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     convert.write_state(convert.to_torch(variables, "resnet50"), folder / "resnet50_simam.pth.tar")
     (folder / "photos").mkdir()
     for name, photograph in zip(("cat.jpg", "dog.jpg"), load_sample_images().images, strict=True):
@@ -96,23 +99,22 @@ def test_the_python_of_the_readme_runs(place, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m simam_jax.")])
-def test_the_commands_of_the_readme_run(command, place, monkeypatch):
-    module, *arguments = shlex.split(command)[2:]
-    if "data.prepare" in module:  # needs ImageNet's files, or the network
-        arguments = ["--help"]
-    if "demo" in module:  # goes on until Ctrl-C
-        arguments = ["--help"]
-    monkeypatch.chdir(place)
-    result = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+def test_the_commands_of_the_readme_run_one_after_the_other(place):
+    for command in COMMANDS:
+        if not command.startswith("python -m simam_jax."):
+            continue
+        module, *arguments = shlex.split(command)[2:]
+        if module in ("simam_jax.data.prepare", "simam_jax.demo"):  # needs the data sets; goes on until Ctrl-C
+            arguments = ["--help"]
+        result = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "train.py" in line and line not in SET_UP])
