@@ -17,6 +17,7 @@ from processes import ROOT
 from sklearn.datasets import load_sample_images
 
 import simam_jax
+from benchmarks.report import report
 from simam_jax import convert
 from simam_jax.models.network import variable_shapes
 from simam_jax.training import checkpoints
@@ -72,6 +73,11 @@ def test_the_mathematics_page_holds():
         exec(block, {})
 
 
+def test_the_tables_of_speed_are_those_of_the_results():
+    _, table, _ = re.split(r"<!-- .*report.* -->\n", README)
+    assert table == report()
+
+
 @pytest.mark.slow
 def test_the_api_reference_is_built(tmp_path):
     command = [sys.executable, "docs/build.py", str(tmp_path)]
@@ -101,10 +107,11 @@ def test_the_python_of_the_readme_runs(place, monkeypatch):
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_one_after_the_other(place):
     for command in COMMANDS:
-        if not command.startswith("python -m simam_jax."):
+        if not command.startswith("python -m "):
             continue
         module, *arguments = shlex.split(command)[2:]
-        if module in ("simam_jax.data.prepare", "simam_jax.demo"):  # needs the data sets; goes on until Ctrl-C
+        # The first needs the data sets, the second goes on until Ctrl-C, benchmarks take minutes.
+        if module in ("simam_jax.data.prepare", "simam_jax.demo") or module.startswith("benchmarks."):
             arguments = ["--help"]
         result = subprocess.run(
             [sys.executable, "-m", module, *arguments],
