@@ -1,4 +1,4 @@
-"""Writes the API reference from the docstrings: python docs/build.py [FOLDER]"""
+"""Writes the API reference from the docstrings: python -m docs.build [FOLDER]"""
 
 import pkgutil
 import sys
