@@ -255,7 +255,7 @@ def grad_cam_figure(
         row: list[tuple[str, Any]] = [(names[i], image)]
         row += [(f"{title}\n{captions[title][i]}", overlay(image, heat[i])) for title, heat in heats.items()]
         rows.append(row)
-    return _grid("Grad-CAM", rows, "evidence for the class, within each panel's range", side=2.2)
+    return _grid("Grad-CAM", rows, "evidence for the class named above a panel, within that panel's range", side=2.2)
 
 
 def curves_figure(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
