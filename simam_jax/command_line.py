@@ -75,3 +75,15 @@ def with_progress(results: Iterator, total: int) -> Iterator:
         yield result
     if shown:
         print(file=sys.stderr)
+
+
+def skip(error: errors.UserError) -> None:
+    """Names an image that cannot be read; the command goes on with the others."""
+    print(f"skipped: {error}", file=sys.stderr)
+
+
+def exit_code(skipped: int, total: int) -> int:
+    """1, after saying so, if images had to be skipped."""
+    if skipped:
+        print(f"{skipped} of {total} images could not be read.", file=sys.stderr)
+    return 1 if skipped else 0

@@ -12,17 +12,15 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
 from simam_jax import errors
 from simam_jax.command_line import add_model_arguments, load_predictor
-from simam_jax.data import on_device
 from simam_jax.inference import Predictions, Predictor
 from simam_jax.preprocessing import MAX_PIXELS
 from simam_jax.training import checkpoints
-from simam_jax.visualize import attention_weights, overlay
+from simam_jax.visualize import TITLES, attention_weights, overlay
 
 MAX_BYTES = 20_000_000  # of an upload
 SHOWN = 336  # pixels: smaller images are enlarged before a heat map is laid over them
@@ -50,9 +48,7 @@ def look(predictor: Predictor, upload: bytes) -> dict[str, Any]:
         "image": _data_url(shown),
         "attention": None,
     }
-    how = predictor.preprocessing
-    images = on_device.normalize(jnp.asarray(pixels[None]), how.mean, how.std)
-    if weights := attention_weights(predictor.model, predictor.variables, images):
+    if weights := attention_weights(predictor.model, predictor.variables, predictor.normalized(pixels[None])):
         layer, last = list(weights.items())[-1]
         heat = np.asarray(last[0], np.float32).mean(-1)
         seen |= {
@@ -188,7 +184,7 @@ def page(name: str, predictor: Predictor) -> bytes:
     attention: str = predictor.model.attention  # pyright: ignore[reportAttributeAccessIssue]
     facts = {
         "NAME": name,
-        "ATTENTION": {"simam": "SimAM", "se": "SE", "cbam": "CBAM"}.get(attention, "no attention"),
+        "ATTENTION": TITLES[attention],
         "CLASSES": f"{len(predictor.class_names):,}",
         "SIZE": str(predictor.preprocessing.image_size),
         "MAX_BYTES": str(MAX_BYTES),

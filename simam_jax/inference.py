@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import ArrayLike
 from PIL import Image
 
 from simam_jax import convert, errors
@@ -199,9 +200,12 @@ class Predictor:
 
     def logits(self, variables: Any, pixels: jax.Array) -> jax.Array:
         """A pure function from uint8 (N, image_size, image_size, 3) to (N, classes), for `jax.jit` and its like."""
+        return self.model.apply(variables, self.normalized(pixels))  # pyright: ignore[reportReturnType]
+
+    def normalized(self, pixels: ArrayLike) -> jax.Array:
+        """uint8 (N, image_size, image_size, 3) to float32, as `model.apply` takes images."""
         how = self.preprocessing
-        images = on_device.normalize(pixels, how.mean, how.std, jnp.float32)
-        return self.model.apply(variables, images)  # pyright: ignore[reportReturnType]
+        return on_device.normalize(jnp.asarray(pixels), how.mean, how.std)
 
 
 def _stored(meta: checkpoints.Meta) -> Preprocessing | None:

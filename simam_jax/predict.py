@@ -3,10 +3,9 @@
 import argparse
 import json
 import os
-import sys
 
 from simam_jax import errors
-from simam_jax.command_line import add_model_arguments, find_images, load_predictor, with_progress
+from simam_jax.command_line import add_model_arguments, exit_code, find_images, load_predictor, skip, with_progress
 from simam_jax.inference import Predictions
 
 
@@ -30,16 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     for path, result in with_progress(predictor.stream(paths), len(paths)):
         if isinstance(result, errors.UserError):
             skipped += 1
-            print(f"skipped: {result}", file=sys.stderr)
+            skip(result)
             continue
         (best,) = Predictions(result[None], predictor.class_names).top(args.top)
         if args.json:
             print(json.dumps({"image": str(path), "top": [{"class": n, "probability": p} for n, p in best]}))
         else:
             print(path, *(f"  {100 * p:6.2f} %  {n}" for n, p in best), sep=os.linesep)
-    if skipped:
-        print(f"{skipped} of {len(paths)} images could not be read.", file=sys.stderr)
-    return 1 if skipped else 0
+    return exit_code(skipped, len(paths))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,7 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from simam_jax import errors
-from simam_jax.command_line import add_model_arguments, find_images, load_predictor
-from simam_jax.data import on_device
+from simam_jax.command_line import add_model_arguments, exit_code, find_images, load_predictor, skip
 from simam_jax.inference import Predictor
 from simam_jax.layers import at_least_float32
 from simam_jax.training.progress import Progress
@@ -407,7 +405,7 @@ def _draw_attention(args: argparse.Namespace) -> int:
     paths = _find_images(args.images)
     predictor = load_predictor(args)
     read, pixels = _read(predictor, paths)
-    images = _normalized(predictor, pixels)
+    images = predictor.normalized(pixels)
     weights = _one_by_one(lambda image: attention_weights(predictor.model, predictor.variables, image), images)
     figure = attention_figure(pixels, weights, args.layer, args.channels, [path.name for path in read])
     return _finish(figure, args.output, paths, read)
@@ -432,7 +430,7 @@ def _draw_grad_cam(args: argparse.Namespace) -> int:
         def look(image: jax.Array, index: np.ndarray, predictor: Predictor = predictor) -> jax.Array:
             return grad_cam(predictor.model, predictor.variables, image, index, args.layer)
 
-        heats[title] = _one_by_one(look, _normalized(predictor, pixels), classes)
+        heats[title] = _one_by_one(look, predictor.normalized(pixels), classes)
         captions[title] = [
             f"{predictor.class_names[c]}: {100 * row[c]:.1f} %" for c, row in zip(classes, shares[title], strict=True)
         ]
@@ -487,15 +485,10 @@ def _read(predictor: Predictor, paths: list[Path]) -> tuple[list[Path], np.ndarr
             pixels.append(predictor.preprocessing(path))
             read.append(path)
         except errors.UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            skip(error)
     if not read:
         raise errors.UserError("None of the images could be read: there is nothing to show.")
     return read, np.stack(pixels)
-
-
-def _normalized(predictor: Predictor, pixels: np.ndarray) -> jax.Array:
-    how = predictor.preprocessing
-    return on_device.normalize(jnp.asarray(pixels), how.mean, how.std)
 
 
 def _one_by_one(look: Callable[..., Any], *columns: Any) -> Any:
@@ -512,10 +505,7 @@ def _finish(figure: "Figure", output: str, paths: list[Path], read: list[Path]) 
     """Writes the picture; the exit code, 1 where images were skipped."""
     save(figure, output)
     Progress(None).say(f"Wrote {output}")
-    skipped = len(paths) - len(read)
-    if skipped:
-        print(f"{skipped} of {len(paths)} images could not be read.", file=sys.stderr)
-    return 1 if skipped else 0
+    return exit_code(len(paths) - len(read), len(paths))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simam_jax import convert, data, errors, models
+from simam_jax.preprocessing import Preprocessing
 from simam_jax.training import checkpoints
 from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
 from simam_jax.training.state import TrainState, Tree, create_state, init_variables
@@ -48,7 +49,7 @@ class Run:
 
     def meta(self) -> checkpoints.Meta:
         """What a checkpoint says of itself beside its arrays."""
-        preprocessing = ("image_size", "eval_resize", "mean", "std")
+        preprocessing = [field.name for field in dataclasses.fields(Preprocessing)]
         return {
             "model": self.model_spec(),
             "class_names": list(self.data.class_names),
