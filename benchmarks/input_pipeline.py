@@ -3,7 +3,8 @@
     python -m benchmarks.input_pipeline [--images DIR]
 
 All contestants run in turns, several times, on the same files; medians are printed. PIL runs torchvision's transforms in as
-many processes as there are cores; "plain tf.data" decodes whole images, then crops and resizes with tf.image.
+many processes as there are cores; "plain tf.data" decodes whole images, then crops and resizes with tf.image. "(decode only)"
+reads and decodes the random crops and does nothing else: no way of resizing could be quicker.
 Per CPU-second is the number to go by: it hardly depends on what else the machine does.
 """
 
@@ -52,6 +53,7 @@ def main() -> None:
                     "plain tf.data": _plain_stream(work, train=True),
                     "exact": _stream(folder, args.count, resize="exact"),
                     "fast": _stream(folder, args.count, resize="fast"),
+                    "(decode only)": _decode_stream(work),
                 },
                 "eval": {
                     "PIL": functools.partial(_run_pil, pool, _pil_eval, work),
@@ -139,6 +141,21 @@ def _plain_stream(files: list[str], *, train: bool) -> Callable[[], Cost]:
             image = tf.image.resize(image, size, antialias=True)
             image = tf.image.resize_with_crop_or_pad(image, 224, 224)
         return tf.saturate_cast(tf.round(image), tf.uint8)
+
+    dataset = tf.data.Dataset.from_tensor_slices(files).repeat().enumerate()
+    dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(32).prefetch(2)
+    return functools.partial(_drain, dataset.as_numpy_iterator(), len(files) // 32)
+
+
+def _decode_stream(files: list[str]) -> Callable[[], Cost]:
+    from simam_jax.data import images
+    from simam_jax.data.tensorflow_cpu import tf
+
+    def load(index, path):
+        uniform = tf.random.stateless_uniform((images.CROP_UNIFORMS,), tf.stack((0, index)))
+        box = functools.partial(images._random_box, uniform=uniform, min_area=0.08)
+        pixels, _, _ = images._decode(tf.io.read_file(path), box)
+        return tf.shape(pixels)
 
     dataset = tf.data.Dataset.from_tensor_slices(files).repeat().enumerate()
     dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(32).prefetch(2)

@@ -82,13 +82,8 @@ def pad_and_crop(image: tf.Tensor, uniform: tf.Tensor, *, padding: int) -> tf.Te
 
 def resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     """uint8 (H, W, 3) to uint8 (size, size, 3), as PIL's BILINEAR: with a triangle filter along a side that shrinks."""
-    shape = tf.shape(pixels)[:2]
-    resized = tf.cond(
-        tf.reduce_all(shape <= size),  # nothing shrinks: there the triangle filter is plain interpolation
-        lambda: _bilinear(pixels, size),
-        lambda: _resample(pixels, size, size / tf.cast(shape, tf.float32), tf.zeros(2)),
-    )
-    return tf.ensure_shape(resized, (size, size, 3))
+    shape = tf.cast(tf.shape(pixels)[:2], tf.float32)
+    return _resample(pixels, size, size / shape, tf.zeros(2))
 
 
 def _random_box(height: tf.Tensor, width: tf.Tensor, uniform: tf.Tensor, min_area: float) -> Box:
@@ -149,17 +144,29 @@ def _decode(
 
 
 def _resample(pixels: tf.Tensor, size: int, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-    """Output pixel i lies at (i - offset) / scale of the input; the triangle filter is as wide as an output pixel."""
+    """Output pixel i lies at (i - offset) / scale of the input; the triangle filter is as wide as an output pixel.
+
+    Both sides are filtered as rows, in between and at the end the image lies transposed: adding whole rows is quick,
+    while the op's own way along a row, three numbers at a time, takes more than twice as long as all of this.
+    """
+    height, width = tf.unstack(tf.shape(pixels)[:2])
+    rows = _resample_rows(tf.reshape(pixels, (height, 3 * width)), size, scale[0], offset[0])
+    columns = _resample_rows(tf.reshape(tf.transpose(rows), (width, 3 * size)), size, scale[1], offset[1])
+    return _to_uint8(tf.transpose(tf.reshape(columns, (3 * size, size))), size)
+
+
+def _resample_rows(image: tf.Tensor, size: int, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+    """(rows, n) to (size, n), float32."""
     # The op behind tf.image.resize(antialias=True), which would first copy the image to float32.
-    image = tf.raw_ops.ScaleAndTranslate(
-        images=pixels[tf.newaxis],
-        size=(size, size),
-        scale=scale,
-        translation=offset,
+    resampled = tf.raw_ops.ScaleAndTranslate(
+        images=image[tf.newaxis, :, tf.newaxis],  # an image one pixel wide, with n channels
+        size=(size, 1),
+        scale=tf.stack((scale, 1.0)),
+        translation=tf.stack((offset, 0.0)),
         kernel_type="triangle",
         antialias=True,
     )
-    return _to_uint8(image[0], size)
+    return resampled[0, :, 0]
 
 
 def _bilinear(pixels: tf.Tensor, size: int) -> tf.Tensor:
@@ -168,4 +175,4 @@ def _bilinear(pixels: tf.Tensor, size: int) -> tf.Tensor:
 
 def _to_uint8(image: tf.Tensor, size: int) -> tf.Tensor:
     # A weighted mean of bytes cannot leave their range, so adding a half and cutting off is rounding.
-    return tf.ensure_shape(tf.cast(image + 0.5, tf.uint8), (size, size, 3))
+    return tf.reshape(tf.cast(image + 0.5, tf.uint8), (size, size, 3))
