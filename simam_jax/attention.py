@@ -140,9 +140,9 @@ def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array)
         c, s = _centred_and_weights(x, shift, mean, a)
         return c, dy * s, dy * x * s * (1 - s) * c
 
-    x, dy = lax.optimization_barrier((x, dy))
     c, _, h = terms(x, dy)
     mean_h, sum_hc = h.mean(_MAP, keepdims=True), (h * c).sum(_MAP, keepdims=True)
+    # dy is not held back before its sums: where it is computed just then, they are taken in the same pass.
     x, dy, mean_h, sum_hc = lax.optimization_barrier((x, dy, mean_h, sum_hc))
     c, through_x, h = terms(x, dy)
     dx = through_x + 2 * a * (h - mean_h) - c * (8 * jnp.square(a) * sum_hc / _degrees_of_freedom(x))
