@@ -60,7 +60,7 @@ class Run:
                 return line
         raise AssertionError(f"{pattern!r} is not in the output:\n{self.output}")
 
-    def end(self, timeout: float = 120) -> int:
+    def end(self, timeout: float = 300) -> int:
         """Waits for the end; the exit code."""
         rest, _ = self.process.communicate(timeout=timeout)
         self.output += rest
