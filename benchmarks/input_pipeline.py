@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -166,9 +167,7 @@ def _plain_stream(files: list[str], *, train: bool) -> Callable[[], Cost]:
             image = tf.image.resize_with_crop_or_pad(image, 224, 224)
         return tf.saturate_cast(tf.round(image), tf.uint8)
 
-    dataset = tf.data.Dataset.from_tensor_slices(files).repeat().enumerate()
-    dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(32).prefetch(2)
-    return functools.partial(_drain, dataset.as_numpy_iterator(), len(files) // 32)
+    return _mapped(files, load)
 
 
 def _decode_stream(files: list[str]) -> Callable[[], Cost]:
@@ -180,6 +179,13 @@ def _decode_stream(files: list[str]) -> Callable[[], Cost]:
         box = functools.partial(images._random_box, uniform=uniform, min_area=0.08)
         pixels, _, _ = images._decode(tf.io.read_file(path), box)
         return tf.shape(pixels)
+
+    return _mapped(files, load)
+
+
+def _mapped(files: list[str], load: Callable[..., Any]) -> Callable[[], Cost]:
+    """Batches of `load(index, path)` by tf.data, endlessly."""
+    from simam_jax.data.tensorflow_cpu import tf
 
     dataset = tf.data.Dataset.from_tensor_slices(files).repeat().enumerate()
     dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(32).prefetch(2)
