@@ -14,7 +14,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from simam_jax.errors import UserError, unknown
-from simam_jax.layers import BatchNorm, Conv, Initializer, Linear, at_least_float32, global_average, torch_uniform
+from simam_jax.layers import BatchNorm, Conv, Initializer, Linear, at_least_float32, torch_uniform
+from simam_jax.pooling import global_average
 
 IMPLEMENTATIONS = ("auto", "xla", "reference")
 

@@ -2,7 +2,8 @@
 
 XLA's convolutions for GPUs and TPUs are left alone. Those for CPUs compute 1x1 kernels and the gradients of kernels several
 times slower than the same work written as matrix products, depthwise and grouped ones by orders of magnitude: here they
-are written so, inside `jax.lax.platform_dependent`. Small ones stay as they are: they would only take longer to compile.
+are written so, 3x3 ones as Winograd did, inside `jax.lax.platform_dependent`. Small ones stay as they are: they would
+only take longer to compile.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from simam_jax.winograd import convolve_3x3
+
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
 
 _PATCHES = 2**23  # bytes: patches gathered at a time on a CPU should stay in its caches; with fewer in all it is small
+_BLOCK = 32  # channels that a matrix product on a CPU should at least have
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
@@ -36,17 +40,15 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
         return lowered(partial(_product, stride=stride))(x, kernel)
     if x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _PATCHES:
         return xla(x, kernel)
-    by_patches = partial(_by_patches, **geometry)
-    if groups == 1:
-        return _with_gradient(xla, lowered(by_patches))(x, kernel)
     if groups == x.shape[3] == kernel.shape[3]:
         all_taps, tap_by_tap = partial(_sum_of_taps, **geometry), partial(_tap_by_tap, **geometry)
         return _with_gradient(lowered(all_taps), lowered(tap_by_tap))(x, kernel)
-
-    def ungrouped(f: Bilinear) -> Bilinear:
-        return lambda x, kernel: f(x, _block_diagonal(kernel, groups))
-
-    return _with_gradient(lowered(ungrouped(partial(_xla, **geometry))), lowered(ungrouped(by_patches)))(x, kernel)
+    exact = jnp.finfo(x.dtype).bits >= 32  # Winograd's sums of inputs and kernels need more digits than they have
+    winograd = exact and kernel.shape[:2] == (3, 3) and stride == padding == 1
+    on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
+    if groups > 1:
+        return lowered(partial(_in_blocks, groups=groups, dense=on_cpu))(x, kernel)
+    return lowered(on_cpu)(x, kernel) if winograd else _with_gradient(xla, lowered(on_cpu))(x, kernel)
 
 
 def _with_gradient(value: Bilinear, in_kernel: Bilinear) -> Bilinear:
@@ -81,8 +83,9 @@ def _xla(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: 
 
 
 def _product(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """A 1x1 convolution as a matrix product over the channels."""
-    return x[:, ::stride, ::stride] @ kernel[0, 0]
+    """A 1x1 convolution as a matrix product of two dimensions: of more, XLA would transpose y's gradient element by element."""
+    x = x[:, ::stride, ::stride]
+    return (x.reshape(-1, x.shape[3]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
 def _places(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> tuple[int, int]:
@@ -108,20 +111,31 @@ def _tap(padded: jax.Array, place: tuple[int, int], result: tuple[int, int], str
 
 
 def _by_patches(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """A convolution as matrix products of the kernel with gathered patches, some images at a time."""
+    """A convolution as matrix products of the kernel with gathered patches."""
     size, _, inputs, outputs = kernel.shape
-    most = _PATCHES // _patch_bytes(x, kernel, stride, padding)
-    at_once = max(n for n in range(1, x.shape[0] + 1) if x.shape[0] % n == 0 and (n == 1 or n <= most))
     result = _places(x, kernel, stride, padding)
 
-    @partial(jax.checkpoint, prevent_cse=False)  # what is kept for the gradient is x, not its patches
     def some(images: jax.Array) -> jax.Array:
         images = _pad(images, padding)
         patches = [_tap(images, place, result, stride) for place in np.ndindex(size, size)]
         rows = jnp.concatenate(patches, -1).reshape(-1, size * size * inputs)
         return (rows @ kernel.reshape(-1, outputs)).reshape(-1, *result, outputs)
 
-    return lax.map(some, x.reshape(-1, at_once, *x.shape[1:])).reshape(-1, *result, outputs)
+    return _in_parts(some, x, _patch_bytes(x, kernel, stride, padding))
+
+
+def _by_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3x3 convolution by Winograd's tiles."""
+    tile_bytes = 4 * x[0].size * x.dtype.itemsize  # 4x4 numbers for every 2x2
+    return _in_parts(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
+
+
+def _in_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int) -> jax.Array:
+    """f, so many images at a time that what it gathers stays in a CPU's caches; for the gradient only x is kept."""
+    most = _PATCHES // bytes_each
+    at_once = max(n for n in range(1, x.shape[0] + 1) if x.shape[0] % n == 0 and (n == 1 or n <= most))
+    parts = lax.map(jax.checkpoint(f, prevent_cse=False), x.reshape(-1, at_once, *x.shape[1:]))
+    return parts.reshape(-1, *parts.shape[2:])
 
 
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
@@ -149,9 +163,20 @@ def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
     return lax.scan(add, nothing, (places, kernel.reshape(-1, x.shape[3])))[0]
 
 
-def _block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
-    """The kernel (K, K, C, O) of the dense convolution that a grouped one is: zero between the groups."""
+def _in_blocks(x: jax.Array, kernel: jax.Array, *, groups: int, dense: Bilinear) -> jax.Array:
+    """A grouped convolution as dense ones of some groups each: with the few channels of one, products are slow."""
     size, _, inputs, outputs = kernel.shape
-    split = kernel.reshape(size, size, 1, inputs, groups, outputs // groups)
-    blocks = split * jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
-    return blocks.reshape(size, size, inputs * groups, outputs)
+    blocks = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or x.shape[3] // n >= _BLOCK))
+    split_kernel = jnp.moveaxis(kernel.reshape(size * size, inputs, blocks, -1), 2, 0)
+    kernels = jax.vmap(partial(_block_diagonal, groups=groups // blocks))(split_kernel)
+    kernels = kernels.reshape(blocks, size, size, -1, outputs // blocks)
+    split_x = jnp.moveaxis(x.reshape(*x.shape[:3], blocks, -1), 3, 0)
+    y = jnp.moveaxis(lax.map(lambda block: dense(*block), (split_x, kernels)), 0, 3)
+    return y.reshape(*y.shape[:3], outputs)
+
+
+def _block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
+    """The kernel (K * K, C, O) of the dense convolution that a grouped one is: zero between the groups."""
+    _, inputs, outputs = kernel.shape
+    inside = np.kron(np.eye(groups), np.ones((inputs, outputs // groups)))
+    return jnp.tile(kernel, (1, groups, 1)) * inside.astype(kernel.dtype)

@@ -4,7 +4,6 @@ Every layer computes in the dtype of its input; parameters and statistics are fl
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,23 +172,3 @@ class Dropout(nn.Module):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(x.shape[0]))
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max pooling at stride 2, (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), C); the border never wins."""
-    padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows the named paddings only
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
-
-
-def halve(x: jax.Array) -> jax.Array:
-    """2x2 average pooling at stride 2, (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), C).
-
-    The last window of an odd edge averages what is there.
-    """
-    padding: Any = ((0, x.shape[1] % 2), (0, x.shape[2] % 2))
-    return nn.avg_pool(x, (2, 2), strides=(2, 2), padding=padding, count_include_pad=False)
-
-
-def global_average(x: jax.Array) -> jax.Array:
-    """(N, H, W, C) -> (N, C), in float32 at least."""
-    return x.astype(at_least_float32(x.dtype)).mean((1, 2))

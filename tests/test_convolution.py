@@ -73,8 +73,9 @@ def draw(size, channels, outputs, groups, height=9, width=10):
 
 @pytest.fixture
 def large(monkeypatch):
-    """Lowered as large inputs are: with patches of two images at a time."""
+    """Lowered as large inputs are: patches of two images at a time, groups in two blocks."""
     monkeypatch.setattr(convolution, "_PATCHES", 2**15)
+    monkeypatch.setattr(convolution, "_BLOCK", 4)
 
 
 @pytest.mark.usefixtures("x64", "large")
@@ -97,12 +98,28 @@ def test_value_tangent_and_gradients(size, stride, channels, outputs, groups):
 
 
 @pytest.mark.usefixtures("large")
-def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu():
-    x, kernel = draw(3, 4, 6, 1)
-    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=1, padding=1) ** 2))
+@pytest.mark.parametrize(
+    ("stride", "groups", "left_to_xla"),
+    [pytest.param(1, 1, 0, id="tiles"), pytest.param(2, 1, 1, id="strided"), pytest.param(2, 3, 0, id="grouped")],
+)
+def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu(stride, groups, left_to_xla):
+    x, kernel = draw(3, 6, 6, groups)
+    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=stride, padding=1, groups=groups) ** 2))
     text = jax.jit(f).lower(kernel).as_text()
-    assert text.count("stablehlo.convolution") == 1  # forward
+    assert text.count("stablehlo.convolution") == left_to_xla  # forward
     assert "stablehlo.while" in text
+
+
+@pytest.mark.usefixtures("large")
+def test_tiles_round_about_as_the_definition_does():
+    x, kernel = (array.astype(np.float32) for array in draw(3, 64, 8, 1))
+    geometry = {"stride": 1, "padding": 1}
+    exact = reference(x.astype(np.float64), kernel.astype(np.float64), **geometry)
+    tiles, xla = (
+        np.abs(f(x, kernel, **geometry) - exact).max()
+        for f in (jax.jit(convolve, static_argnames=geometry), convolution._xla)
+    )
+    assert tiles < 3 * xla < 1e-5 * np.abs(exact).max()
 
 
 def test_small_ones_are_left_to_xla():
@@ -113,9 +130,10 @@ def test_small_ones_are_left_to_xla():
 
 
 @pytest.mark.usefixtures("x64", "large")
-def test_the_gradient_keeps_the_input_and_not_its_patches():
-    x, kernel = draw(3, 4, 6, 1)
-    _, pullback = jax.vjp(lambda k: convolve(x, k, stride=1, padding=1), kernel)
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 3)])
+def test_the_gradient_keeps_the_input_and_not_its_patches(stride, groups):
+    x, kernel = draw(3, 6, 6, groups)
+    _, pullback = jax.vjp(lambda k: convolve(x, k, stride=stride, padding=1, groups=groups), kernel)
     assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) <= x.size + kernel.size + 100
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from simam_jax import UserError, create_model, list_models
-from simam_jax.layers import BatchNorm, Conv, Dropout, halve, max_pool
+from simam_jax.layers import BatchNorm, Conv, Dropout
 from simam_jax.models import ATTENTIONS, MODELS
 from simam_jax.models.network import variable_shapes
 
@@ -132,12 +132,6 @@ def test_initial_convolutions_are_he_normal_by_fan_out():
     kernel = Conv(64, 3, groups=4).init(jax.random.key(0), jnp.zeros((1, 8, 8, 32)))["params"]["kernel"]
     assert kernel.shape == (3, 3, 8, 64)
     np.testing.assert_allclose(kernel.std(), math.sqrt(2 / (64 * 9)), rtol=0.05)
-
-
-def test_pooling_of_odd_maps():
-    x = jnp.arange(25.0).reshape(1, 5, 5, 1) - 50
-    np.testing.assert_array_equal(max_pool(x)[0, :, :, 0] + 50, [[6, 8, 9], [16, 18, 19], [21, 23, 24]])
-    np.testing.assert_array_equal(halve(x)[0, :, :, 0] + 50, [[3, 5, 6.5], [13, 15, 16.5], [20.5, 22.5, 24]])
 
 
 def normalise_in_groups(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,7 +12,8 @@ import jax
 from flax import linen as nn
 
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite
-from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, halve, he_normal
+from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal
+from simam_jax.pooling import halve
 
 
 @dataclass(frozen=True)

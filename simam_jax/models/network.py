@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from simam_jax.errors import UserError
-from simam_jax.layers import global_average
 from simam_jax.models.blocks import Layers
+from simam_jax.pooling import global_average
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # no variable depends on the images' number or size
 

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from simam_jax.layers import Initializer, he_normal, max_pool
+from simam_jax.layers import Initializer, he_normal
 from simam_jax.models.blocks import Layers
 from simam_jax.models.network import Network
+from simam_jax.pooling import max_pool
 
 
 class ResNet(Network, kw_only=True):
