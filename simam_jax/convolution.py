@@ -41,8 +41,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     if x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _PATCHES:
         return xla(x, kernel)
     if groups == x.shape[3] == kernel.shape[3]:
-        all_taps, tap_by_tap = partial(_sum_of_taps, **geometry), partial(_tap_by_tap, **geometry)
-        return _with_gradient(lowered(all_taps), lowered(tap_by_tap))(x, kernel)
+        forms = (partial(form, **geometry) for form in (_sum_of_taps, _tap_by_tap, _spread_taps))
+        return _with_gradient(*map(lowered, forms))(x, kernel)
     exact = jnp.finfo(x.dtype).bits >= 32  # Winograd's sums of inputs and kernels need more digits than they have
     winograd = exact and kernel.shape[:2] == (3, 3) and stride == padding == 1
     on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
@@ -51,8 +51,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     return lowered(on_cpu)(x, kernel) if winograd else _with_gradient(xla, lowered(on_cpu))(x, kernel)
 
 
-def _with_gradient(value: Bilinear, in_kernel: Bilinear) -> Bilinear:
-    """`value`, with the gradient of the kernel by the transpose of `in_kernel`, another form of the same function."""
+def _with_gradient(value: Bilinear, in_kernel: Bilinear, in_x: Bilinear | None = None) -> Bilinear:
+    """`value`, with gradients by the transposes of other forms of the same function: in the kernel, and in x."""
 
     @jax.custom_jvp
     def f(x, kernel):
@@ -63,7 +63,7 @@ def _with_gradient(value: Bilinear, in_kernel: Bilinear) -> Bilinear:
         (x, kernel), (dx, dkernel) = primals, tangents
         terms = []
         if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-            terms.append(value(dx, kernel))
+            terms.append((in_x or value)(dx, kernel))
         if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
             terms.append(in_kernel(x, dkernel))
         return f(x, kernel), sum(terms[1:], start=terms[0])
@@ -161,6 +161,16 @@ def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
     # Made from both inputs: under shard_map a sum varies over the devices as its terms do.
     nothing = jnp.zeros_like(x[:, :1, :1] * kernel[0, 0], shape=(x.shape[0], height, width, x.shape[3]))
     return lax.scan(add, nothing, (places, kernel.reshape(-1, x.shape[3])))[0]
+
+
+def _spread_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """The same, each tap put where it counts: its transpose in x is a sum of taps of y's gradient, fused like the value."""
+    size, (height, width) = kernel.shape[0], _places(x, kernel, stride, padding)
+    spread = [
+        jnp.pad(x * kernel[i, j], ((0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)))
+        for i, j in np.ndindex(kernel.shape[:2])
+    ]
+    return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding,) * 2, (height, width), stride)
 
 
 def _in_blocks(x: jax.Array, kernel: jax.Array, *, groups: int, dense: Bilinear) -> jax.Array:
