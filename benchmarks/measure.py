@@ -18,8 +18,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillo
 Times = dict[str, list[float]]
 
 
-def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> Times:
-    """Seconds of every contestant in every round; each has run twice before, to compile and to warm up."""
+def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, settle: bool = False) -> Times:
+    """Seconds of every contestant in every round; each has run twice before, to compile and to warm up.
+
+    With `settle` each runs once untimed before every timed run, as milliseconds need: the threads of the one before may
+    still wait for work in a busy loop, its own may be asleep.
+    """
     for run in contestants.values():
         run()
         run()
@@ -27,6 +31,8 @@ def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> Times
     for i in range(rounds):
         _say(f"round {i + 1}/{rounds}")
         for name, run in contestants.items():
+            if settle:
+                run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

@@ -56,6 +56,7 @@ def main() -> None:
                 "copy": lambda array=array, target=target: np.copyto(target, array),
             },
             args.rounds,
+            settle=True,
         )
         rows.append(
             {

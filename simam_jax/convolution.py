@@ -43,8 +43,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     if groups == x.shape[3] == kernel.shape[3]:
         forms = (partial(form, **geometry) for form in (_sum_of_taps, _tap_by_tap, _spread_taps))
         return _with_gradient(*map(lowered, forms))(x, kernel)
-    exact = jnp.finfo(x.dtype).bits >= 32  # Winograd's sums of inputs and kernels need more digits than they have
-    winograd = exact and kernel.shape[:2] == (3, 3) and stride == padding == 1
+    precise = jnp.finfo(x.dtype).bits >= 32  # narrower types have too few digits for Winograd's sums
+    winograd = precise and kernel.shape[:2] == (3, 3) and stride == padding == 1
     on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
     if groups > 1:
         return lowered(partial(_in_blocks, groups=groups, dense=on_cpu))(x, kernel)
