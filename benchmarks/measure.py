@@ -21,8 +21,8 @@ Times = dict[str, list[float]]
 def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, settle: bool = False) -> Times:
     """Seconds of every contestant in every round; each has run twice before, to compile and to warm up.
 
-    With `settle` each runs once untimed before every timed run, as milliseconds need: the threads of the one before may
-    still wait for work in a busy loop, its own may be asleep.
+    With `settle` each runs once untimed before every timed run, as in use it follows itself: the threads of the one before
+    may still wait for work in a busy loop, its own be asleep, and memory that it gave back costs time to get again.
     """
     for run in contestants.values():
         run()

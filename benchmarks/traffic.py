@@ -5,12 +5,14 @@
 
 A model, not a measurement: the bytes of all operands and results of every kernel, without caches. An operand of which a
 kernel only takes a slice (SimAM's one value a channel) counts with the slice in "read", in full in "whole operands".
+"Kept at once" is the memory beside parameters and batch that the compiler plans for.
 """
 
 import argparse
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 # Read when JAX is imported and first used: there is no GPU to run on, or to try kernels on.
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
@@ -40,22 +42,20 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for attention in ("none", "simam"):
-        whole, read = (count / args.batch_size for count in traffic(_program(args.model, attention, args.batch_size)))
-        first = rows[0] if rows else {"whole operands, MB an image": whole, "read, MB an image": read}
-        rows.append(
-            {
-                "attention": attention,
-                "whole operands, MB an image": whole,
-                "whole over none": whole / first["whole operands, MB an image"],
-                "read, MB an image": read,
-                "read over none": read / first["read, MB an image"],
-            }
-        )
+        program = _compiled(args.model, attention, args.batch_size)
+        whole, read = traffic(program.as_text())
+        temporary = program.memory_analysis().temp_size_in_bytes / 1e6
+        counts = {"whole operands": whole, "read": read, "kept at once": temporary}
+        row: dict[str, Any] = {"attention": attention}
+        for name, count in counts.items():
+            row[f"{name}, MB an image"] = count / args.batch_size
+            row[f"{name} over none"] = row[f"{name}, MB an image"] / (rows or [row])[0][f"{name}, MB an image"]
+        rows.append(row)
     measure.write("traffic", rows, model=args.model, batch_size=args.batch_size, target="H100", dtype="bfloat16")
 
 
-def _program(name: str, attention: str, batch_size: int) -> str:
-    """The optimised program of the bfloat16 update, compiled without a device."""
+def _compiled(name: str, attention: str, batch_size: int):
+    """The bfloat16 update, compiled without a device."""
     try:
         devices = topologies.get_topology_desc(
             "one H100", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
@@ -71,7 +71,7 @@ def _program(name: str, attention: str, batch_size: int) -> str:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     arguments = placed(train_state, steps.whole_on(mesh)), placed(batch, steps.split_over(mesh))
-    return step.lower(*arguments).compile().as_text()
+    return step.lower(*arguments).compile()
 
 
 def traffic(program: str) -> tuple[float, float]:

@@ -33,7 +33,7 @@ def main() -> None:
             contestants[f"ours {attention}"] = ours(*size)
             contestants[f"eager {attention}"] = theirs(*size, compiled=False)
             contestants[f"compiled {attention}"] = theirs(*size, compiled=True)
-        times = measure.in_turns(contestants, args.rounds)
+        times = measure.in_turns(contestants, args.rounds, settle=True)
         speed = {key: args.batch_size / statistics.median(value) for key, value in times.items()}
         best = max(("eager", "compiled"), key=lambda peer: speed[f"{peer} simam"])
         rows.append(

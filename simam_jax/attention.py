@@ -82,11 +82,11 @@ def _weights(x: jax.Array, e_lambda: float) -> jax.Array:
     centred = x - lax.stop_gradient(x[..., :1, :1, :])
     centred -= centred.mean(_MAP, keepdims=True)
     d = jnp.square(centred)
-    v = d.sum(_MAP, keepdims=True) / _degrees_of_freedom(x)
+    v = d.sum(_MAP, keepdims=True) / degrees_of_freedom(x)
     return jax.nn.sigmoid(d / (4 * (v + e_lambda)) + 0.5)
 
 
-def _degrees_of_freedom(x: jax.Array) -> int:
+def degrees_of_freedom(x: jax.Array) -> int:
     return max(x.shape[-3] * x.shape[-2] - 1, 1)
 
 
@@ -100,33 +100,33 @@ def _reference(x: jax.Array, e_lambda: float) -> jax.Array:
 # in what follows, would write it in float32 and read it back: the barriers keep the passes apart. See docs/mathematics.md.
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _simam(x: jax.Array, e_lambda: float) -> jax.Array:
-    return _attended(x, *_statistics(x, e_lambda))
+    return _attended(x, *statistics(x, e_lambda))
 
 
-def _statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A value of each channel, the mean of x less that value, and a = 1 / (4 (v + lambda)), all (..., 1, 1, C)."""
     # One pass: the sums of x and its square, of which x's own first value, subtracted, leaves nothing large to cancel.
     dtype = at_least_float32(x.dtype)
     wide, shift = x.astype(dtype), x[..., :1, :1, :].astype(dtype)
     mean, square = (y.mean(_MAP, keepdims=True) for y in (wide - shift, jnp.square(wide - shift)))
     size = x.shape[-3] * x.shape[-2]
-    v = jnp.maximum(square - jnp.square(mean), 0) * (size / _degrees_of_freedom(x))
+    v = jnp.maximum(square - jnp.square(mean), 0) * (size / degrees_of_freedom(x))
     return shift, mean, 1 / (4 * (v + e_lambda))
 
 
 def _attended(x: jax.Array, *statistics: jax.Array) -> jax.Array:
     wide = x.astype(at_least_float32(x.dtype))
-    return (wide * _centred_and_weights(wide, *statistics)[1]).astype(x.dtype)
+    return (wide * centred_and_weights(wide, *statistics)[1]).astype(x.dtype)
 
 
-def _centred_and_weights(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+def centred_and_weights(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
     centred = x - shift - mean
     return centred, jax.nn.sigmoid(a * jnp.square(centred) + 0.5)
 
 
 def _forward(x: jax.Array, e_lambda: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    statistics = _statistics(x, e_lambda)
-    return lax.optimization_barrier(_attended(x, *statistics)), (x, *statistics)
+    of_x = statistics(x, e_lambda)
+    return lax.optimization_barrier(_attended(x, *of_x)), (x, *of_x)
 
 
 def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array]:
@@ -138,7 +138,7 @@ def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array)
 
     def terms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, dy = x.astype(mean.dtype), dy.astype(mean.dtype)
-        c, s = _centred_and_weights(x, shift, mean, a)
+        c, s = centred_and_weights(x, shift, mean, a)
         return c, dy * s, dy * x * s * (1 - s) * c
 
     c, _, h = terms(x, dy)
@@ -146,7 +146,7 @@ def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array)
     # dy is not held back before its sums: where it is computed just then, they are taken in the same pass.
     x, dy, mean_h, sum_hc = lax.optimization_barrier((x, dy, mean_h, sum_hc))
     c, through_x, h = terms(x, dy)
-    dx = through_x + 2 * a * (h - mean_h) - c * (8 * jnp.square(a) * sum_hc / _degrees_of_freedom(x))
+    dx = through_x + 2 * a * (h - mean_h) - c * (8 * jnp.square(a) * sum_hc / degrees_of_freedom(x))
     return (dx.astype(x.dtype),)
 
 

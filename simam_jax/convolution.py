@@ -170,7 +170,7 @@ def _spread_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) 
         jnp.pad(x * kernel[i, j], ((0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)))
         for i, j in np.ndindex(kernel.shape[:2])
     ]
-    return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding,) * 2, (height, width), stride)
+    return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding, size - 1 - padding), (height, width), stride)
 
 
 def _in_blocks(x: jax.Array, kernel: jax.Array, *, groups: int, dense: Bilinear) -> jax.Array:

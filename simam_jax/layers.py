@@ -69,6 +69,27 @@ class Linear(nn.Module):
         return y + bias.astype(x.dtype)
 
 
+Moments = tuple[jax.Array, jax.Array]
+Affine = Callable[..., tuple[tuple[jax.Array, jax.Array], Moments]]
+Normalise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Affine], tuple[jax.Array, Moments]]
+
+
+def normalise(
+    x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, affine: Affine
+) -> tuple[jax.Array, Moments]:
+    """Groups x (G, n, HW, C) by the statistics of each; all else is (C,) or (G, C), in float32 at least.
+
+    Returns:
+        x, normalised; and what `affine` makes of the means of x - shift and its square, scale and bias beside the
+        factor and the offset that it normalises by.
+    """
+    shifted = x.astype(shift.dtype) - shift
+    # One factor and one offset per group and channel: the gradient then needs two reductions over the map only.
+    (factor, offset), moments = affine(shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2)), scale, bias)
+    y = shifted * factor[:, None, None] + offset[:, None, None]
+    return y.astype(x.dtype), moments
+
+
 class BatchNorm(nn.Module):
     """Batch normalization over all but the last axis, with statistics over groups of a chosen number of images.
 
@@ -85,8 +106,10 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, normalise: Normalise = normalise) -> jax.Array:
         """Normalises x (N, ..., C); with `train` by the batch's statistics, updating the collection "batch_stats".
+
+        `normalise` may be another function of that kind, which does more to x than normalise it; of use with `train`.
 
         Raises:
             UserError: the images cannot be grouped as asked for, or a group holds one value per channel only.
@@ -102,27 +125,26 @@ class BatchNorm(nn.Module):
             return ((x.astype(dtype) - running_mean.value) * factor + bias).astype(x.dtype)
 
         groups, devices = self._groups(x.shape[0])
-        grouped = x.astype(dtype).reshape(groups, x.shape[0] // groups, -1, shape[0])
+        grouped = x.reshape(groups, x.shape[0] // groups, -1, shape[0])
         count = grouped.shape[1] * grouped.shape[2] * devices
         if count == 1:
             raise UserError(
                 "Batch norm cannot take statistics over one value per channel: train on more images or larger ones."
             )
-        # The running mean as a shift keeps the one-pass variance from cancelling when the mean is large.
-        shifted = grouped - running_mean.value
-        moments = shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2))
-        shifted_mean, square = _mean_over_neighbours(moments, devices, self.axis_name)
-        var = jnp.maximum(square - jnp.square(shifted_mean), 0)
 
+        def affine(mean: jax.Array, square: jax.Array, scale: jax.Array, bias: jax.Array):
+            mean, square = _mean_over_neighbours((mean, square), devices, self.axis_name)
+            var = jnp.maximum(square - jnp.square(mean), 0)
+            factor = lax.rsqrt(var + self.epsilon) * scale
+            return (factor, bias - mean * factor), (mean, var)
+
+        # The running mean as a shift keeps the one-pass variance from cancelling when the mean is large.
+        y, (shifted_mean, var) = normalise(grouped, running_mean.value, scale, bias, affine)
         if not self.is_initializing():
             keep, unbiased = self.momentum, count / (count - 1)
             running_mean.value = running_mean.value + (1 - keep) * shifted_mean.mean(0)
             running_var.value = keep * running_var.value + (1 - keep) * unbiased * var.mean(0)
-        # One factor and one offset per group and channel: the gradient then needs two reductions over the map only.
-        factor = lax.rsqrt(var + self.epsilon) * scale
-        offset = bias - shifted_mean * factor
-        y = shifted * factor[:, None, None] + offset[:, None, None]
-        return y.reshape(x.shape).astype(x.dtype)
+        return y.reshape(x.shape)
 
     def _groups(self, images: int) -> tuple[int, int]:
         """(groups on this device, devices that share one group)."""

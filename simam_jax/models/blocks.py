@@ -14,6 +14,7 @@ from flax import linen as nn
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite
 from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal
 from simam_jax.pooling import halve
+from simam_jax.simam_norm import simam_then_normalise
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class Layers:
             return SqueezeExcite(reduction, self.linear, name="attention")(x)
         return CBAM(reduction, self.linear, self.kernel_init, self.norm, name="attention")(x, train)
 
+    def simam_and_norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
+        """x through SimAM, if that is the network's attention, and batch norm: in training as one function of the two."""
+        norm = self.norm(name=name)
+        if self.attention != "simam":
+            return norm(x, train)
+        attention = SimAM(self.attention_param, name="attention")
+        if not train or attention.is_mutable_collection("intermediates"):
+            return norm(attention(x), train)
+        return norm(x, train, simam_then_normalise(self.attention_param))
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, (N, H, W, C) -> (N, ceil(H / stride), ceil(W / stride), width)."""
@@ -59,8 +70,8 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm, attend = self.layers.conv, self.layers.norm, self.layers.attend
         y = nn.relu(norm(name="bn1")(conv(self.width, 3, self.stride, name="conv1")(x), train))
-        y = attend(conv(self.width, 3, name="conv2")(y), train, "simam")
-        y = attend(norm(name="bn2")(y, train), train, "se", "cbam")
+        y = self.layers.simam_and_norm(conv(self.width, 3, name="conv2")(y), train, "bn2")
+        y = attend(y, train, "se", "cbam")
         return nn.relu(y + shortcut(self.layers, x, self.width, self.stride, train))
 
 
@@ -83,8 +94,8 @@ class Bottleneck(nn.Module):
         conv, norm, attend = self.layers.conv, self.layers.norm, self.layers.attend
         inner, outer = self.width * self.group_width // 64 * self.groups, self.width * self.expansion
         y = nn.relu(norm(name="bn1")(conv(inner, name="conv1")(x), train))
-        y = attend(conv(inner, 3, self.stride, self.groups, name="conv2")(y), train, "simam")
-        y = nn.relu(norm(name="bn2")(y, train))
+        y = conv(inner, 3, self.stride, self.groups, name="conv2")(y)
+        y = nn.relu(self.layers.simam_and_norm(y, train, "bn2"))
         y = norm(name="bn3")(conv(outer, name="conv3")(y), train)
         y = attend(y, train, "se", "cbam")
         return nn.relu(y + shortcut(self.layers, x, outer, self.stride, train, pool=self.pool))
@@ -131,8 +142,8 @@ class PreActBottleneck(nn.Module):
         outer = self.width * self.expansion
         y = conv(self.width, name="conv1")(nn.relu(norm(name="bn1")(x, train)))
         y = conv(self.width, 3, self.stride, name="conv2")(nn.relu(norm(name="bn2")(y, train)))
-        y = attend(y, train, "simam")
-        y = conv(outer, name="conv3")(nn.relu(norm(name="bn3")(y, train)))
+        y = nn.relu(self.layers.simam_and_norm(y, train, "bn3"))
+        y = conv(outer, name="conv3")(y)
         y = attend(y, train, "se", "cbam")
         return y + shortcut(self.layers, x, outer, self.stride, train, norm=False)
 
@@ -158,8 +169,8 @@ class InvertedResidual(nn.Module):
         y = x
         if self.cifar or self.expansion != 1:
             y = activation(norm(name="bn1")(conv(inner, name="conv1")(y), train))
-        y = attend(conv(inner, 3, self.stride, inner, name="conv2")(y), train, "simam")
-        y = activation(norm(name="bn2")(y, train))
+        y = conv(inner, 3, self.stride, inner, name="conv2")(y)
+        y = activation(self.layers.simam_and_norm(y, train, "bn2"))
         y = norm(name="bn3")(conv(self.width, name="conv3")(y), train)
         y = attend(y, train, "se", "cbam")
         if self.stride == 1 and (self.cifar or x.shape[-1] == self.width):

@@ -1,0 +1,102 @@
+"""SimAM and batch norm as one function are SimAM and batch norm, for every grouping of images and devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from simam_jax import create_model, simam, simam_norm
+from simam_jax.layers import BatchNorm, normalise
+from simam_jax.models.network import variable_shapes
+
+E_LAMBDA = 0.1
+
+
+def apart(x, shift, scale, bias, affine):
+    return normalise(simam(x[..., None, :], E_LAMBDA)[..., 0, :], shift, scale, bias, affine)
+
+
+def as_one(x, shift, scale, bias, affine):
+    return simam_norm._fused(affine, E_LAMBDA)(x, shift, scale, bias)
+
+
+def draw(height, width, offset=0.0):
+    """x and the gradient of its normalised value (8, height, width, 4), and batch norm's variables."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 8, height, width, 4))
+    scale, bias, mean = rng.standard_normal((3, 4))
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean + offset, "var": np.ones(4)}}
+    return 2 * x + offset, dy, variables
+
+
+def value_statistics_and_gradients(normalise, norm, x, dy, variables):
+    """All that a training step takes from batch norm, summed over the devices where there are several."""
+
+    def loss(x, params):
+        y, updates = norm.apply(variables | {"params": params}, x, True, normalise, mutable=["batch_stats"])
+        total = jnp.sum(y * dy)
+        return lax.pmean(total, norm.axis_name) if norm.axis_name else total, (y, updates["batch_stats"])
+
+    (_, (y, updates)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, variables["params"])
+    return y, updates if norm.axis_name is None else lax.pmean(updates, norm.axis_name), *gradients
+
+
+def assert_equal(f, *args):
+    one, two = (jax.jit(partial(f, form))(*args) for form in (as_one, apart))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), one, two)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (1, 7), (1, 1)])  # several places to a row, and one
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_on_one_device(height, width, group_size, monkeypatch):
+    monkeypatch.setattr(simam_norm, "_LANES", 16)
+    x, dy, variables = draw(height, width)
+    norm = BatchNorm(group_size=group_size)
+    assert_equal(lambda form, *args: value_statistics_and_gradients(form, norm, *args), x, dy, variables)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("group_size", [1, 4, 8])  # two groups on a device, one of two devices, one of all four
+def test_over_devices(group_size, mesh_of):
+    norm = BatchNorm(group_size=group_size, axis_name="data")
+    images, whole = P("data"), P()
+
+    def sharded(form, x, dy, variables):
+        f = partial(value_statistics_and_gradients, form, norm)
+        out_specs = images, whole, images, whole
+        return jax.shard_map(f, mesh=mesh_of(4), in_specs=(images, images, whole), out_specs=out_specs)(
+            x, dy, variables
+        )
+
+    assert_equal(sharded, *draw(3, 4))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_mean_of_a_thousand_deviations():
+    wide = draw(14, 14, offset=2000.0)
+    narrow = jax.tree.map(np.float32, wide)
+    wide = jax.tree.map(np.float64, narrow)
+    exact = jax.jit(partial(value_statistics_and_gradients, apart, BatchNorm()))(*wide)
+    for form in (as_one, apart):  # squares of 2,000 itself would leave no more than one digit of the variance
+        result = jax.jit(partial(value_statistics_and_gradients, form, BatchNorm()))(*narrow)
+        assert result[0].dtype == np.float32
+        errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), result, exact)
+        assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cuda", 4), ("cpu", 2), ("tpu", 2)])
+def test_networks_train_with_it_on_gpus_alone(platform, barriers):
+    model = create_model("resnet18", num_classes=10, attention="simam")
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+    def loss(variables, x):
+        return model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
+    text = jax.jit(jax.grad(loss)).trace(variable_shapes(model), x).lower(lowering_platforms=(platform,)).as_text()
+    # SimAM alone holds back its output and its gradient's second pass; with batch norm, four passes are held back.
+    assert text.count("optimization_barrier") == 8 * barriers  # of 8 blocks
