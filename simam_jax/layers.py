@@ -69,21 +69,21 @@ class Linear(nn.Module):
         return y + bias.astype(x.dtype)
 
 
-Moments = tuple[jax.Array, jax.Array]
-Affine = Callable[..., tuple[tuple[jax.Array, jax.Array], Moments]]
+Moments = tuple[jax.Array, jax.Array]  # mean and variance
+# From means of x and its square, scale and bias: the factor and the offset (G, C) that normalise x, and x's moments.
+Affine = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[tuple[jax.Array, jax.Array], Moments]]
 Normalise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Affine], tuple[jax.Array, Moments]]
 
 
 def normalise(
     x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, affine: Affine
 ) -> tuple[jax.Array, Moments]:
-    """Groups x (G, n, HW, C) by the statistics of each; all else is (C,) or (G, C), in float32 at least.
+    """x, groups (G, n, HW, C), normalised by what `affine` makes of the means of x - shift and of its square.
 
     Returns:
-        x, normalised; and what `affine` makes of the means of x - shift and its square, scale and bias beside the
-        factor and the offset that it normalises by.
+        The same in x's dtype, and the moments of x - shift, (G, C). shift, scale and bias are (C,).
     """
-    shifted = x.astype(shift.dtype) - shift
+    shifted = x.astype(at_least_float32(x.dtype)) - shift
     # One factor and one offset per group and channel: the gradient then needs two reductions over the map only.
     (factor, offset), moments = affine(shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2)), scale, bias)
     y = shifted * factor[:, None, None] + offset[:, None, None]

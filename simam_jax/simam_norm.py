@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from simam_jax.attention import centred_and_weights, degrees_of_freedom, simam, statistics
-from simam_jax.layers import Affine, Normalise, normalise
+from simam_jax.layers import Affine, Normalise, at_least_float32, normalise
 
 _LANES = 512  # numbers in a row from which on XLA computes elements and sums columns in one kernel
 
@@ -24,6 +24,7 @@ def simam_then_normalise(e_lambda: float) -> Normalise:
         def separate(x, shift, scale, bias):
             return normalise(simam(x[..., None, :], e_lambda)[..., 0, :], shift, scale, bias, affine)
 
+        # On CPUs exponentials cost more than memory; on TPUs nothing was measured.
         return lax.platform_dependent(x, shift, scale, bias, cuda=_fused(affine, e_lambda), default=separate)
 
     return f
@@ -42,7 +43,7 @@ def _fused(affine: Affine, e_lambda: float) -> Callable[..., Any]:
         of_x_in_rows, shift_in_rows = [per_place(each) for each in of_x], per_place(shift)
 
         def shifted(x):
-            wide = in_rows(x).astype(shift.dtype)
+            wide = in_rows(x).astype(at_least_float32(x.dtype))
             return wide * centred_and_weights(wide, *of_x_in_rows)[1] - shift_in_rows
 
         x = _hold(x, *of_x)
@@ -67,7 +68,7 @@ def _fused(affine: Affine, e_lambda: float) -> Callable[..., Any]:
         a, a_in_rows = of_x[-1], of_x_in_rows[-1]
 
         def terms(x, dz):
-            wide, dz = in_rows(x).astype(shift.dtype), in_rows(dz).astype(shift.dtype)
+            wide, dz = (in_rows(each).astype(at_least_float32(x.dtype)) for each in (x, dz))
             return wide, *centred_and_weights(wide, *of_x_in_rows), dz
 
         wide, _, s, dz_wide = terms(x, dz)
