@@ -1,9 +1,14 @@
 """Every test sees eight virtual CPU devices, as a small pod would have."""
 
+import contextlib
 import os
 import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# PyTorch's optimizers import it where it is installed, and loaded after TensorFlow (2.21) it crashes: both bring an LLVM.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 import jax
 import jax.numpy as jnp
