@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from simam_jax import errors
+from simam_jax import errors, huge_pages
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT=VALUE."
@@ -57,4 +57,5 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     errors.run_cli(lambda: app.run(main, flags_parser=parse))

@@ -8,6 +8,7 @@ import argparse
 import statistics
 
 from benchmarks import measure, networks
+from simam_jax import huge_pages
 from simam_jax.errors import run_cli, unknown
 
 
@@ -51,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()  # as train.py does; PyTorch has them too
     run_cli(main)
