@@ -15,14 +15,17 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillow")
 
+_WHILE = 0.1  # seconds
+
 Times = dict[str, list[float]]
 
 
 def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, settle: bool = False) -> Times:
     """Seconds of every contestant in every round; each has run twice before, to compile and to warm up.
 
-    With `settle` each runs once untimed before every timed run, as in use it follows itself: the threads of the one before
-    may still wait for work in a busy loop, its own be asleep, and memory that it gave back costs time to get again.
+    With `settle` each runs for a while (once where that takes longer) before it is timed for as long, as in use it follows
+    itself: the threads of the one before may still wait for work in a busy loop, its own be asleep, and memory that it gave
+    back costs time to get again.
     """
     for run in contestants.values():
         run()
@@ -32,12 +35,20 @@ def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, settl
         _say(f"round {i + 1}/{rounds}")
         for name, run in contestants.items():
             if settle:
-                run()
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+                _seconds_a_call(run, _WHILE)
+            times[name].append(_seconds_a_call(run, _WHILE if settle else 0))
     _say("")
     return times
+
+
+def _seconds_a_call(run: Callable[[], Any], at_least: float) -> float:
+    """The mean over as many calls, but one or more, as take `at_least` seconds."""
+    calls, seconds = 0, 0.0
+    start = time.perf_counter()
+    while not calls or seconds < at_least:
+        run()
+        calls, seconds = calls + 1, time.perf_counter() - start
+    return seconds / calls
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
