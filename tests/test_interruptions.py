@@ -32,6 +32,7 @@ def assert_equal_bit_by_bit(workdir, undisturbed):
     assert losses(workdir)[30] == losses(undisturbed)[30]
 
 
+@pytest.mark.slow  # two minutes; the default suite keeps SIGTERM
 def test_kill_9_at_five_random_moments(tmp_path, cache, undisturbed):
     moments = random.Random(0)
     for kill in range(5):
