@@ -140,10 +140,25 @@ def _in_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int
 
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
     """A depthwise convolution as a sum of shifted products, which XLA fuses into one loop over the result."""
-    padded, result = _pad(x, padding), _places(x, kernel, stride, padding)
-    places = np.ndindex(kernel.shape[:2])
-    first, *others = (_tap(padded, place, result, stride) * kernel[place] for place in places)
-    return sum(others, start=first)
+    result = _places(x, kernel, stride, padding)
+
+    def taps(padded: jax.Array, kernel: jax.Array) -> jax.Array:
+        places = np.ndindex(kernel.shape[:2])
+        first, *others = (_tap(padded, place, result, stride) * kernel[place] for place in places)
+        return sum(others, start=first)
+
+    return _stored(taps, _pad(x, padding), kernel)
+
+
+def _stored(f: Bilinear, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """f(x, kernel), once and in memory. XLA for CPUs computes sums anew in everything that reads them, and knows no
+    barrier against that; it stops at a conditional, of which zero is the other branch for a kernel of zeros."""
+    shape = jax.eval_shape(f, x, kernel).shape
+
+    def zero(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.zeros_like(x[:, :1, :1] * kernel[0, 0], shape=shape)  # varies over devices as f's result does
+
+    return lax.cond(jnp.any(kernel != 0), f, zero, x, kernel)
 
 
 def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
@@ -165,12 +180,16 @@ def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
 
 def _spread_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
     """The same, each tap put where it counts: its transpose in x is a sum of taps of y's gradient, fused like the value."""
-    size, (height, width) = kernel.shape[0], _places(x, kernel, stride, padding)
-    spread = [
-        jnp.pad(x * kernel[i, j], ((0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)))
-        for i, j in np.ndindex(kernel.shape[:2])
-    ]
-    return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding, size - 1 - padding), (height, width), stride)
+    size, result = kernel.shape[0], _places(x, kernel, stride, padding)
+
+    def taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        spread = [
+            jnp.pad(x * kernel[i, j], ((0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)))
+            for i, j in np.ndindex(kernel.shape[:2])
+        ]
+        return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding, size - 1 - padding), result, stride)
+
+    return _stored(taps, x, kernel)
 
 
 def _in_blocks(x: jax.Array, kernel: jax.Array, *, groups: int, dense: Bilinear) -> jax.Array:
