@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from simam_jax.errors import UserError, unknown
 from simam_jax.layers import BatchNorm, Conv, Initializer, Linear, at_least_float32, torch_uniform
+from simam_jax.moments import mean_cancels, moments
 from simam_jax.pooling import global_average
 
 IMPLEMENTATIONS = ("auto", "xla", "reference")
@@ -105,12 +106,9 @@ def _simam(x: jax.Array, e_lambda: float) -> jax.Array:
 
 def statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A value of each channel, the mean of x less that value, and a = 1 / (4 (v + lambda)), all (..., 1, 1, C)."""
-    # One pass: the sums of x and its square, of which x's own first value, subtracted, leaves nothing large to cancel.
-    dtype = at_least_float32(x.dtype)
-    wide, shift = x.astype(dtype), x[..., :1, :1, :].astype(dtype)
-    mean, square = (y.mean(_MAP, keepdims=True) for y in (wide - shift, jnp.square(wide - shift)))
-    size = x.shape[-3] * x.shape[-2]
-    v = jnp.maximum(square - jnp.square(mean), 0) * (size / degrees_of_freedom(x))
+    shift = x[..., :1, :1, :].astype(at_least_float32(x.dtype))
+    mean, var = moments(x, shift, _MAP)
+    v = var * (x.shape[-3] * x.shape[-2] / degrees_of_freedom(x))
     return shift, mean, 1 / (4 * (v + e_lambda))
 
 
@@ -134,20 +132,51 @@ def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array)
 
     dx = dy s + 2 a (h - mean(h)) - c 8 a^2 sum(h c) / (HW - 1)
     """
-    x, shift, mean, a = residuals
+    # Held back, or what the forward pass computed from x would be kept in memory for the same here.
+    residuals = lax.optimization_barrier(residuals)
+    return (lax.platform_dependent(dy, *residuals, cpu=_gradient_on_cpu, default=_gradient),)
 
-    def terms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, dy = x.astype(mean.dtype), dy.astype(mean.dtype)
-        c, s = centred_and_weights(x, shift, mean, a)
-        return c, dy * s, dy * x * s * (1 - s) * c
 
-    c, _, h = terms(x, dy)
-    mean_h, sum_hc = h.mean(_MAP, keepdims=True), (h * c).sum(_MAP, keepdims=True)
+def _gradient(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
+    c, _, h = _terms(x, dy, *statistics)
+    sums = h.sum(_MAP, keepdims=True), (h * c).sum(_MAP, keepdims=True)
     # dy is not held back before its sums: where it is computed just then, they are taken in the same pass.
-    x, dy, mean_h, sum_hc = lax.optimization_barrier((x, dy, mean_h, sum_hc))
-    c, through_x, h = terms(x, dy)
+    x, dy, sums = lax.optimization_barrier((x, dy, sums))
+    return _dx(x, dy, statistics, *sums)
+
+
+def _gradient_on_cpu(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
+    """The same for XLA on CPUs, where exponentials cost more than memory, and sum(h x) less than sum(h c), which would have
+    a broadcast mean and then c written out: so that is used where the mean is not large."""
+    shift, mean, a = statistics
+    mu = shift + mean
+    _, _, h = _terms(x, dy, *statistics)
+    sum_h = h.sum(_MAP, keepdims=True)
+
+    def from_c(x: jax.Array, h: jax.Array) -> jax.Array:
+        return (h * (x - shift - mean)).sum(_MAP, keepdims=True)
+
+    def from_x(x: jax.Array, h: jax.Array) -> jax.Array:
+        return (h * x).sum(_MAP, keepdims=True) - mu * sum_h
+
+    sum_hc = lax.cond(mean_cancels(mu, 1 / (4 * a)), from_c, from_x, x.astype(h.dtype), h)
+    return _dx(x, dy, statistics, sum_h, sum_hc)
+
+
+def _terms(x: jax.Array, dy: jax.Array, *statistics: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """c, dy s and h."""
+    x, dy = x.astype(statistics[0].dtype), dy.astype(statistics[0].dtype)
+    c, s = centred_and_weights(x, *statistics)
+    return c, dy * s, dy * x * s * (1 - s) * c
+
+
+def _dx(
+    x: jax.Array, dy: jax.Array, statistics: tuple[jax.Array, ...], sum_h: jax.Array, sum_hc: jax.Array
+) -> jax.Array:
+    (c, through_x, h), a = _terms(x, dy, *statistics), statistics[-1]
+    mean_h = sum_h / (x.shape[-3] * x.shape[-2])
     dx = through_x + 2 * a * (h - mean_h) - c * (8 * jnp.square(a) * sum_hc / degrees_of_freedom(x))
-    return (dx.astype(x.dtype),)
+    return dx.astype(x.dtype)
 
 
 _simam.defvjp(_forward, _backward)

@@ -12,16 +12,12 @@ from jax import lax
 
 from simam_jax.convolution import convolve
 from simam_jax.errors import UserError
+from simam_jax.moments import Moments, at_least_float32, moments
 
 Initializer = Callable[..., jax.Array]
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within +-1/sqrt(fan_in)
-
-
-def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """float64 for float64, float32 for everything narrower: the dtype of parameters and statistics."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Conv(nn.Module):
@@ -69,8 +65,7 @@ class Linear(nn.Module):
         return y + bias.astype(x.dtype)
 
 
-Moments = tuple[jax.Array, jax.Array]  # mean and variance
-# From means of x and its square, scale and bias: the factor and the offset (G, C) that normalise x, and x's moments.
+# From x's moments, scale and bias: the factor and the offset (G, C) that normalise x, and the moments of the whole group.
 Affine = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[tuple[jax.Array, jax.Array], Moments]]
 Normalise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Affine], tuple[jax.Array, Moments]]
 
@@ -78,16 +73,28 @@ Normalise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Affine], tuple
 def normalise(
     x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, affine: Affine
 ) -> tuple[jax.Array, Moments]:
-    """x, groups (G, n, HW, C), normalised by what `affine` makes of the means of x - shift and of its square.
+    """x, groups (G, n, HW, C), normalised by what `affine` makes of the moments of x - shift.
 
     Returns:
         The same in x's dtype, and the moments of x - shift, (G, C). shift, scale and bias are (C,).
     """
-    shifted = x.astype(at_least_float32(x.dtype)) - shift
+    mean, var = (each[:, 0, 0] for each in moments(x, shift, (1, 2)))
     # One factor and one offset per group and channel: the gradient then needs two reductions over the map only.
-    (factor, offset), moments = affine(shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2)), scale, bias)
-    y = shifted * factor[:, None, None] + offset[:, None, None]
-    return y.astype(x.dtype), moments
+    (factor, offset), of_group = affine(mean, var, scale, bias)
+    y = _affine(x.astype(factor.dtype), shift, factor[:, None, None], offset[:, None, None])
+    return y.astype(x.dtype), of_group
+
+
+@jax.custom_jvp
+def _affine(x: jax.Array, shift: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    return (x - shift) * factor + offset
+
+
+@_affine.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    (x, shift, factor, _), (dx, dshift, dfactor, doffset) = primals, tangents
+    # Not (x - shift) * dfactor, of which the transpose would need x - shift in memory for a sum.
+    return _affine(*primals), dx * factor + x * dfactor + (doffset - shift * dfactor - dshift * factor)
 
 
 class BatchNorm(nn.Module):
@@ -132,9 +139,8 @@ class BatchNorm(nn.Module):
                 "Batch norm cannot take statistics over one value per channel: train on more images or larger ones."
             )
 
-        def affine(mean: jax.Array, square: jax.Array, scale: jax.Array, bias: jax.Array):
-            mean, square = _mean_over_neighbours((mean, square), devices, self.axis_name)
-            var = jnp.maximum(square - jnp.square(mean), 0)
+        def affine(mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array):
+            mean, var = _over_neighbours((mean, var), devices, self.axis_name)
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (factor, bias - mean * factor), (mean, var)
 
@@ -160,16 +166,20 @@ class BatchNorm(nn.Module):
         )
 
 
-def _mean_over_neighbours(
-    moments: tuple[jax.Array, jax.Array], devices: int, axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """The moments averaged over groups of `devices` neighbours on the mesh axis."""
+def _over_neighbours(moments: Moments, devices: int, axis_name: str | None) -> Moments:
+    """The moments of what groups of `devices` neighbours on the mesh axis have together."""
     if devices == 1 or axis_name is None:
         return moments
+    mean, var = moments
+    mean, square = _mean_over_neighbours((mean, var + jnp.square(mean)), devices, axis_name)
+    return mean, jnp.maximum(square - jnp.square(mean), 0)
+
+
+def _mean_over_neighbours(pair: Moments, devices: int, axis_name: str) -> Moments:
     if devices == lax.axis_size(axis_name):
-        return lax.pmean(moments, axis_name)
+        return lax.pmean(pair, axis_name)
     # shard_map's check_vma knows no axis_index_groups; these are a few kilobytes.
-    everywhere = lax.all_gather(jnp.stack(moments), axis_name)
+    everywhere = lax.all_gather(jnp.stack(pair), axis_name)
     first = lax.axis_index(axis_name) // devices * devices
     mean, square = lax.dynamic_slice_in_dim(everywhere, first, devices).mean(0)
     return mean, square

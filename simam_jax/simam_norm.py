@@ -48,14 +48,14 @@ def _fused(affine: Affine, e_lambda: float) -> Callable[..., Any]:
 
         x = _hold(x, *of_x)
         about_shift = shifted(x)
-        moments = [(sums(each) / x.shape[2]).mean(1) for each in (about_shift, jnp.square(about_shift))]
+        means = [(sums(each) / x.shape[2]).mean(1) for each in (about_shift, jnp.square(about_shift))]
 
-        def on_each_device(mean, *others):
+        def on_each_device(mean, square, *others):
             # Under shard_map a sum varies over the devices as its terms do: so does what the gradient then sums over them.
-            (factor, offset), statistics_of_y = affine(mean, *others)
+            (factor, offset), statistics_of_y = affine(mean, jnp.maximum(square - jnp.square(mean), 0), *others)
             return (factor + jnp.zeros_like(mean), offset + jnp.zeros_like(mean)), statistics_of_y
 
-        ((factor, offset), statistics_of_y), pullback = jax.vjp(on_each_device, *moments, scale, bias)
+        ((factor, offset), statistics_of_y), pullback = jax.vjp(on_each_device, *means, scale, bias)
         x = _hold(x, factor, offset)
         y = shifted(x) * per_place(factor[:, None, None]) + per_place(offset[:, None, None])
         return (y.astype(x.dtype).reshape(x.shape), statistics_of_y), (x, of_x, shift, factor, pullback)

@@ -89,7 +89,7 @@ def test_a_mean_of_a_thousand_deviations():
         assert max(jax.tree.leaves(errors)) < 1e-5
 
 
-@pytest.mark.parametrize(("platform", "barriers"), [("cuda", 4), ("cpu", 2), ("tpu", 2)])
+@pytest.mark.parametrize(("platform", "barriers"), [("cuda", 4), ("cpu", 2), ("tpu", 3)])
 def test_networks_train_with_it_on_gpus_alone(platform, barriers):
     model = create_model("resnet18", num_classes=10, attention="simam")
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -98,5 +98,6 @@ def test_networks_train_with_it_on_gpus_alone(platform, barriers):
         return model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
 
     text = jax.jit(jax.grad(loss)).trace(variable_shapes(model), x).lower(lowering_platforms=(platform,)).as_text()
-    # SimAM alone holds back its output and its gradient's second pass; with batch norm, four passes are held back.
+    # SimAM alone holds back its output, its gradient and, but on CPUs, that one's second pass; with batch norm, four passes
+    # are held back.
     assert text.count("optimization_barrier") == 8 * barriers  # of 8 blocks
