@@ -3,12 +3,16 @@
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +21,78 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillo
 
 _WHILE = 0.1  # seconds
 
+Run = Callable[[], Any]
+Timer = Callable[[float], float]  # runs something for at least so many seconds, once or more: the mean seconds of a run
 Times = dict[str, list[float]]
 
 
-def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, settle: bool = False) -> Times:
+def in_turns(contestants: Mapping[str, Timer], rounds: int, *, settle: bool = False) -> Times:
     """Seconds of every contestant in every round; each has run twice before, to compile and to warm up.
 
-    With `settle` each runs for a while (once where that takes longer) before it is timed for as long, as in use it follows
-    itself: the threads of the one before may still wait for work in a busy loop, its own be asleep, and memory that it gave
-    back costs time to get again.
+    With `settle` each runs for a while (once where that takes longer) before it is timed for as long: in use it follows
+    itself, its threads awake and its memory at hand.
     """
-    for run in contestants.values():
-        run()
-        run()
+    for timer in contestants.values():
+        timer(0)
+        timer(0)
     times: Times = {name: [] for name in contestants}
     for i in range(rounds):
         _say(f"round {i + 1}/{rounds}")
-        for name, run in contestants.items():
+        for name, timer in contestants.items():
             if settle:
-                _seconds_a_call(run, _WHILE)
-            times[name].append(_seconds_a_call(run, _WHILE if settle else 0))
+                timer(_WHILE)
+            times[name].append(timer(_WHILE if settle else 0))
     _say("")
     return times
 
 
-def _seconds_a_call(run: Callable[[], Any], at_least: float) -> float:
-    """The mean over as many calls, but one or more, as take `at_least` seconds."""
-    calls, seconds = 0, 0.0
+def here(run: Run) -> Timer:
+    """Times `run` in this process."""
+    return partial(_seconds_a_run, run)
+
+
+@contextmanager
+def in_processes(contestants: Mapping[str, Callable[[], Run]]) -> Iterator[dict[str, Timer]]:
+    """Times what each of `contestants` makes in a process of its own, as everyone uses it.
+
+    In one process two libraries share an allocator and the cores with each other's waiting threads: a step of ours was
+    timed a fifth slower beside PyTorch's than alone. What makes a contestant is pickled.
+    """
+    start = multiprocessing.get_context("spawn")
+    processes, timers = [], {}
+    try:
+        for name, make in contestants.items():
+            ours, theirs = start.Pipe()
+            process = start.Process(target=_serve, args=(theirs, make), daemon=True)
+            process.start()
+            theirs.close()  # or the end of the process would not be seen here
+            processes.append(process)
+            timers[name] = partial(_ask, ours)
+        yield timers
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _serve(questions: Connection, make: Callable[[], Run]) -> None:
+    run = make()
+    while True:
+        questions.send(_seconds_a_run(run, questions.recv()))
+
+
+def _ask(process: Connection, at_least: float) -> float:
+    process.send(at_least)
+    return process.recv()
+
+
+def _seconds_a_run(run: Run, at_least: float) -> float:
+    runs, seconds = 0, 0.0
     start = time.perf_counter()
-    while not calls or seconds < at_least:
+    while not runs or seconds < at_least:
         run()
-        calls, seconds = calls + 1, time.perf_counter() - start
-    return seconds / calls
+        runs, seconds = runs + 1, time.perf_counter() - start
+    return seconds / runs
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:

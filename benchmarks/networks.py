@@ -1,8 +1,5 @@
 """The contestants of `train_step` and `inference`: our networks, and PyTorch's, eager and compiled, channels last."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +7,12 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 import simam_jax
+from benchmarks.measure import Run
 from configs import base
 from simam_jax.training import optimizer, state
 from simam_jax.training import step as steps
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2")
-Run = Callable[[], Any]
 
 
 def batch_of(count: int, size: int) -> dict[str, np.ndarray]:

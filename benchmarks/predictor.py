@@ -39,7 +39,8 @@ def main() -> None:
             batches = (ready[i : i + args.batch_size] for i in range(0, args.count, args.batch_size))
             jax.block_until_ready([bare(variables, batch) for batch in batches])
 
-        times = measure.in_turns({"bare": run_bare, "predictor": lambda: predictor(files)}, args.rounds)
+        contestants = {"bare": measure.here(run_bare), "predictor": measure.here(lambda: predictor(files))}
+        times = measure.in_turns(contestants, args.rounds)
     row = {
         "model": args.model,
         "bare, images/s": args.count / statistics.median(times["bare"]),

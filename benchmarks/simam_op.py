@@ -5,6 +5,7 @@ python -m benchmarks.simam_op
 
 import argparse
 import statistics
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,47 +18,21 @@ SHAPES = ((56, 64), (28, 128), (14, 256), (7, 512))  # height = width, channels
 
 
 def main() -> None:
-    import torch
-
-    from benchmarks import torch_networks
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
 
     rows = []
-    eager = torch_networks.SimAM()
-    compiled = torch.compile(eager)
-    forward = jax.jit(lambda x: simam(x, 0.1))
-    both = jax.jit(lambda x, dy: jax.vjp(lambda x: simam(x, 0.1), x)[1](dy))
     for side, channels in SHAPES:
-        array = np.random.default_rng(0).standard_normal((args.batch_size, side, side, channels), np.float32)
-        x = jax.device_put(array)
-        t = torch.from_numpy(array).permute(0, 3, 1, 2)
-        leaf = t.detach().requires_grad_()
-        target = np.empty_like(array)
-
-        def torch_forward(module, t=t) -> None:
-            with torch.no_grad():
-                module(t)
-
-        def torch_both(module, leaf=leaf, t=t) -> None:
-            torch.autograd.grad(module(leaf), leaf, t)
-
-        times = measure.in_turns(
-            {
-                "ours": lambda x=x: jax.block_until_ready(forward(x)),
-                "eager": lambda: torch_forward(eager),
-                "compiled": lambda: torch_forward(compiled),
-                "ours both": lambda x=x: jax.block_until_ready(both(x, x)),
-                "eager both": lambda: torch_both(eager),
-                "compiled both": lambda: torch_both(compiled),
-                "copy": lambda array=array, target=target: np.copyto(target, array),
-            },
-            args.rounds,
-            settle=True,
-        )
+        shape = args.batch_size, side, side, channels
+        contestants = {"copy": partial(_copy, shape)}
+        for what, gradient in (("", False), (" both", True)):
+            contestants[f"ours{what}"] = partial(_ours, shape, gradient)
+            contestants[f"eager{what}"] = partial(_torch, shape, gradient, compiled=False)
+            contestants[f"compiled{what}"] = partial(_torch, shape, gradient, compiled=True)
+        with measure.in_processes(contestants) as timers:
+            times = measure.in_turns(timers, args.rounds, settle=True)
         rows.append(
             {
                 "map": f"{args.batch_size} x {side} x {side} x {channels}",
@@ -72,6 +47,42 @@ def main() -> None:
             }
         )
     measure.write("simam_op", rows, batch_size=args.batch_size, rounds=args.rounds)
+
+
+def _map(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _copy(shape: tuple[int, ...]) -> measure.Run:
+    source = _map(shape)
+    target = np.empty_like(source)
+    return lambda: np.copyto(target, source)
+
+
+def _ours(shape: tuple[int, ...], gradient: bool) -> measure.Run:
+    def forward(x: jax.Array) -> jax.Array:
+        return simam(x, 0.1)
+
+    f = jax.jit((lambda x: jax.vjp(forward, x)[1](x)) if gradient else forward)
+    x = jax.device_put(_map(shape))
+    return lambda: jax.block_until_ready(f(x))
+
+
+def _torch(shape: tuple[int, ...], gradient: bool, *, compiled: bool) -> measure.Run:
+    import torch
+
+    from benchmarks import torch_networks
+
+    module = torch_networks.SimAM()
+    f = torch.compile(module) if compiled else module
+    x = torch.from_numpy(_map(shape)).permute(0, 3, 1, 2)  # its memory is channels last
+    leaf = x.detach().requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            f(x)
+
+    return (lambda: torch.autograd.grad(f(leaf), leaf, x)) if gradient else forward
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m benchmarks.versus_torch inference
 
 import argparse
 import statistics
+from functools import partial
 
 from benchmarks import measure, networks
 from simam_jax import huge_pages
@@ -18,7 +19,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=networks.MODELS, help="default: all four")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     training = args.what == "train_step"
     ours = networks.our_training if training else networks.our_inference
@@ -31,10 +32,11 @@ def main() -> None:
         contestants = {}
         for attention in ("simam", "none"):
             size = name, attention, args.batch_size, args.image_size
-            contestants[f"ours {attention}"] = ours(*size)
-            contestants[f"eager {attention}"] = theirs(*size, compiled=False)
-            contestants[f"compiled {attention}"] = theirs(*size, compiled=True)
-        times = measure.in_turns(contestants, args.rounds, settle=True)
+            contestants[f"ours {attention}"] = partial(ours, *size)
+            contestants[f"eager {attention}"] = partial(theirs, *size, compiled=False)
+            contestants[f"compiled {attention}"] = partial(theirs, *size, compiled=True)
+        with measure.in_processes(contestants) as timers:
+            times = measure.in_turns(timers, args.rounds, settle=True)
         speed = {key: args.batch_size / statistics.median(value) for key, value in times.items()}
         best = max(("eager", "compiled"), key=lambda peer: speed[f"{peer} simam"])
         rows.append(
