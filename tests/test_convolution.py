@@ -53,6 +53,7 @@ def reference_gradients(x, kernel, dy, *, stride, padding, groups=1):
 # kernel size, stride, channels in, out, groups: those of the networks, with fewer channels
 GEOMETRIES = [
     pytest.param(1, 1, 4, 6, 1, id="1x1"),
+    pytest.param(1, 1, 6, 4, 1, id="1x1-narrowing"),
     pytest.param(1, 2, 4, 6, 1, id="1x1-strided"),
     pytest.param(3, 1, 4, 6, 1, id="3x3"),
     pytest.param(3, 2, 4, 6, 1, id="3x3-strided"),
@@ -99,11 +100,16 @@ def test_value_tangent_and_gradients(size, stride, channels, outputs, groups):
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
-    ("stride", "groups", "left_to_xla"),
-    [pytest.param(1, 1, 0, id="tiles"), pytest.param(2, 1, 1, id="strided"), pytest.param(2, 3, 0, id="grouped")],
+    ("stride", "channels", "groups", "left_to_xla"),
+    [
+        pytest.param(1, 6, 1, 0, id="tiles"),
+        pytest.param(2, 6, 1, 0, id="strided"),
+        pytest.param(2, 3, 1, 1, id="strided, few channels"),
+        pytest.param(2, 6, 3, 0, id="grouped"),
+    ],
 )
-def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu(stride, groups, left_to_xla):
-    x, kernel = draw(3, 6, 6, groups)
+def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu(stride, channels, groups, left_to_xla):
+    x, kernel = draw(3, channels, 6, groups, height=18, width=20)
     f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=stride, padding=1, groups=groups) ** 2))
     text = jax.jit(f).lower(kernel).as_text()
     assert text.count("stablehlo.convolution") == left_to_xla  # forward
