@@ -19,6 +19,7 @@ from simam_jax.winograd import convolve_3x3
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
 
 _PATCHES = 2**23  # bytes: patches gathered at a time on a CPU should stay in its caches; with fewer in all it is small
+_FEW = 8  # channels, as of an image: patches of fewer are gathered a few numbers at a time
 _BLOCK = 32  # channels that a matrix product on a CPU should at least have
 
 
@@ -48,8 +49,9 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
     if groups > 1:
         return lowered(partial(_in_blocks, groups=groups, dense=on_cpu))(x, kernel)
-    many = x.shape[3] >= _BLOCK  # channels: in patches of few, numbers are gathered a few at a time
-    return lowered(on_cpu)(x, kernel) if winograd or many else _with_gradient(xla, lowered(on_cpu))(x, kernel)
+    if x.shape[3] < _FEW:
+        return _with_gradient(xla, lowered(partial(_by_columns, **geometry)))(x, kernel)
+    return lowered(on_cpu)(x, kernel)
 
 
 def _with_gradient(value: Bilinear, in_kernel: Bilinear, in_x: Bilinear | None = None) -> Bilinear:
@@ -136,6 +138,23 @@ def _by_patches(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
         return (rows @ kernel.reshape(-1, outputs)).reshape(-1, *result, outputs)
 
     return _in_parts(some, x, _patch_bytes(x, kernel, stride, padding))
+
+
+def _by_columns(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """The same with a patch a column, each of its numbers gathered over a whole row of places.
+
+    For the kernel's gradient, which takes such columns as they are; the value would transpose them.
+    """
+    result = _places(x, kernel, stride, padding)
+    matrix = kernel.reshape(-1, kernel.shape[3])
+
+    def one(image: jax.Array) -> jax.Array:
+        planes = jnp.pad(jnp.moveaxis(image, 2, 0), ((0, 0), (padding, padding), (padding, padding)))
+        patches = [_tap(planes, place, result, stride) for place in np.ndindex(kernel.shape[:2])]
+        columns = jnp.concatenate(patches).reshape(len(matrix), -1)
+        return (columns.T @ matrix).reshape(*result, -1)
+
+    return lax.map(jax.checkpoint(one, prevent_cse=False), x)
 
 
 def _by_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:

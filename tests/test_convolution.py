@@ -76,6 +76,7 @@ def draw(size, channels, outputs, groups, height=9, width=10):
 def large(monkeypatch):
     """Lowered as large inputs are: patches of two images at a time, groups in two blocks."""
     monkeypatch.setattr(convolution, "_PATCHES", 2**15)
+    monkeypatch.setattr(convolution, "_FEW", 4)
     monkeypatch.setattr(convolution, "_BLOCK", 4)
 
 
