@@ -49,9 +49,11 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
     if groups > 1:
         return lowered(partial(_in_blocks, groups=groups, dense=on_cpu))(x, kernel)
-    if x.shape[3] < _FEW:
-        return _with_gradient(xla, lowered(partial(_by_columns, **geometry)))(x, kernel)
-    return lowered(on_cpu)(x, kernel)
+    if x.shape[3] >= _FEW:
+        return lowered(on_cpu)(x, kernel)
+    patches, columns = (lowered(partial(form, **geometry)) for form in (_by_patches, _by_columns))
+    # XLA's value is as fast with a large kernel, and up to twice as slow with a small one.
+    return _with_gradient(patches if kernel.shape[0] <= 3 else xla, columns, patches)(x, kernel)
 
 
 def _with_gradient(value: Bilinear, in_kernel: Bilinear, in_x: Bilinear | None = None) -> Bilinear:

@@ -61,6 +61,7 @@ GEOMETRIES = [
     pytest.param(7, 1, 2, 1, 1, id="7x7"),
     pytest.param(3, 1, 6, 6, 6, id="depthwise"),
     pytest.param(3, 2, 6, 6, 6, id="depthwise-strided"),
+    pytest.param(3, 1, 3, 4, 1, id="3x3-few-channels"),
     pytest.param(3, 1, 8, 12, 4, id="grouped"),
     pytest.param(3, 2, 8, 12, 4, id="grouped-strided"),
 ]
@@ -101,17 +102,18 @@ def test_value_tangent_and_gradients(size, stride, channels, outputs, groups):
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
-    ("stride", "channels", "groups", "left_to_xla"),
+    ("size", "stride", "channels", "groups", "left_to_xla"),
     [
-        pytest.param(1, 6, 1, 0, id="tiles"),
-        pytest.param(2, 6, 1, 0, id="strided"),
-        pytest.param(2, 3, 1, 1, id="strided, few channels"),
-        pytest.param(2, 6, 3, 0, id="grouped"),
+        pytest.param(3, 1, 6, 1, 0, id="tiles"),
+        pytest.param(3, 2, 6, 1, 0, id="strided"),
+        pytest.param(3, 2, 3, 1, 0, id="few channels"),
+        pytest.param(7, 2, 3, 1, 1, id="large kernel, few channels"),
+        pytest.param(3, 2, 6, 3, 0, id="grouped"),
     ],
 )
-def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu(stride, channels, groups, left_to_xla):
-    x, kernel = draw(3, channels, 6, groups, height=18, width=20)
-    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=stride, padding=1, groups=groups) ** 2))
+def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu(size, stride, channels, groups, left_to_xla):
+    x, kernel = draw(size, channels, 6, groups, height=18, width=20)
+    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=stride, padding=size // 2, groups=groups) ** 2))
     text = jax.jit(f).lower(kernel).as_text()
     assert text.count("stablehlo.convolution") == left_to_xla  # forward
     assert "stablehlo.while" in text
