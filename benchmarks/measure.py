@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from simam_jax.errors import UserError
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillow")
 
@@ -57,6 +59,9 @@ def in_processes(contestants: Mapping[str, Callable[[], Run]]) -> Iterator[dict[
 
     In one process two libraries share an allocator and the cores with each other's waiting threads: a step of ours was
     timed a fifth slower beside PyTorch's than alone. What makes a contestant is pickled.
+
+    Raises:
+        UserError: from a timer whose process has ended, for want of PyTorch or of memory.
     """
     start = multiprocessing.get_context("spawn")
     processes, timers = [], {}
@@ -67,7 +72,7 @@ def in_processes(contestants: Mapping[str, Callable[[], Run]]) -> Iterator[dict[
             process.start()
             theirs.close()  # or the end of the process would not be seen here
             processes.append(process)
-            timers[name] = partial(_ask, ours)
+            timers[name] = partial(_ask, ours, name)
         yield timers
     finally:
         for process in processes:
@@ -81,9 +86,12 @@ def _serve(questions: Connection, make: Callable[[], Run]) -> None:
         questions.send(_seconds_a_run(run, questions.recv()))
 
 
-def _ask(process: Connection, at_least: float) -> float:
-    process.send(at_least)
-    return process.recv()
+def _ask(process: Connection, name: str, at_least: float) -> float:
+    try:
+        process.send(at_least)
+        return process.recv()
+    except (EOFError, OSError):
+        raise UserError(f"{name!r} ended and cannot be timed: its process says why above.") from None
 
 
 def _seconds_a_run(run: Run, at_least: float) -> float:

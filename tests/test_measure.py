@@ -1,0 +1,31 @@
+"""What the benchmarks measure with."""
+
+import time
+from functools import partial
+
+import pytest
+
+from benchmarks import measure
+from simam_jax.errors import UserError
+
+
+def sleeper(seconds):
+    return partial(time.sleep, seconds)
+
+
+def without_its_library():
+    raise ModuleNotFoundError("No module named 'peer'")
+
+
+def test_contestants_take_turns_in_processes_of_their_own():
+    with measure.in_processes({name: partial(sleeper, s) for name, s in [("quick", 0.01), ("slow", 0.05)]}) as timers:
+        times = measure.in_turns(timers, 3)
+    assert [len(each) for each in times.values()] == [3, 3]
+    assert measure.ratio(times["slow"], times["quick"]) > 2
+
+
+def test_one_whose_process_ends_is_named(capfd):
+    peer = {"peer": without_its_library}
+    with measure.in_processes(peer) as timers, pytest.raises(UserError, match="'peer' ended"):
+        measure.in_turns(timers, 1)
+    assert "No module named 'peer'" in capfd.readouterr().err
