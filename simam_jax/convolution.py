@@ -123,7 +123,7 @@ def _pad(x: jax.Array, padding: int) -> jax.Array:
 
 
 def _tap(padded: jax.Array, place: tuple[int, int], result: tuple[int, int], stride: int) -> jax.Array:
-    """What the place (i, j) of a kernel sees of x, (N, H', W', C)."""
+    """What the place (i, j) of a kernel sees of x, (N, H', W', C), or of planes (C, H', W')."""
     (i, j), (height, width) = place, result
     return padded[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
 
@@ -143,7 +143,7 @@ def _by_patches(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
 
 
 def _by_columns(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """The same with a patch a column, each of its numbers gathered over a whole row of places.
+    """The same, image by image, with a patch a column: each of its numbers is gathered over a whole row of places.
 
     For the kernel's gradient, which takes such columns as they are; the value would transpose them.
     """
@@ -152,8 +152,8 @@ def _by_columns(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
 
     def one(image: jax.Array) -> jax.Array:
         planes = jnp.pad(jnp.moveaxis(image, 2, 0), ((0, 0), (padding, padding), (padding, padding)))
-        patches = [_tap(planes, place, result, stride) for place in np.ndindex(kernel.shape[:2])]
-        columns = jnp.concatenate(patches).reshape(len(matrix), -1)
+        taps = [_tap(planes, place, result, stride) for place in np.ndindex(kernel.shape[:2])]
+        columns = jnp.concatenate(taps).reshape(len(matrix), -1)
         return (columns.T @ matrix).reshape(*result, -1)
 
     return lax.map(jax.checkpoint(one, prevent_cse=False), x)
