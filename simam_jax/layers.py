@@ -65,6 +65,22 @@ class Linear(nn.Module):
         return y + bias.astype(x.dtype)
 
 
+@jax.custom_jvp
+def relu_of_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """relu(x + y) to the last bit, of two arrays of one shape; its gradient is 0 at 0, as PyTorch's.
+
+    Written as a sum, because XLA computes a function of one array anew in everything that reads it where that is cheap:
+    with relu(x + y) the sum at the end of a residual block was computed again from those of all blocks before it.
+    """
+    return jnp.maximum(x, -y) + y
+
+
+@relu_of_sum.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    z = relu_of_sum(*primals)
+    return z, jnp.where(z > 0, sum(tangents), 0)
+
+
 # From x's moments, scale and bias: the factor and the offset (G, C) that normalise x, and the moments of the whole group.
 Affine = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[tuple[jax.Array, jax.Array], Moments]]
 Normalise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Affine], tuple[jax.Array, Moments]]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from simam_jax import UserError, create_model, list_models
-from simam_jax.layers import BatchNorm, Conv, Dropout
+from simam_jax.layers import BatchNorm, Conv, Dropout, relu_of_sum
 from simam_jax.models import ATTENTIONS, MODELS
 from simam_jax.models.network import variable_shapes
 
@@ -56,6 +56,21 @@ def test_parameter_counts(name: str, params: int):
     model = create_model(name, num_classes=10 if name.startswith("cifar") else 1000)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_relu_of_sum_is_relu_of_the_sum_with_its_gradient(dtype):
+    x, y = jax.random.normal(jax.random.key(0), (2, 4, 50), dtype)
+    y = y.at[0].set(-x[0])  # sums of 0
+
+    @partial(jax.jit, static_argnums=0)
+    def everything(f, x, y):
+        z, pull = jax.vjp(f, x, y)
+        return z, *pull(jnp.cos(z)), jax.jvp(f, (x, y), (jnp.sin(x), jnp.cos(y)))[1]
+
+    expected = everything(lambda x, y: jax.nn.relu(x + y), x, y)
+    for ours, theirs in zip(everything(relu_of_sum, x, y), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_stages_of_resnet50_for_detection():

@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite
-from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal
+from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal, relu_of_sum
 from simam_jax.pooling import halve
 from simam_jax.simam_norm import simam_then_normalise
 
@@ -72,7 +72,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(norm(name="bn1")(conv(self.width, 3, self.stride, name="conv1")(x), train))
         y = self.layers.simam_and_norm(conv(self.width, 3, name="conv2")(y), train, "bn2")
         y = attend(y, train, "se", "cbam")
-        return nn.relu(y + shortcut(self.layers, x, self.width, self.stride, train))
+        return relu_of_sum(y, shortcut(self.layers, x, self.width, self.stride, train))
 
 
 class Bottleneck(nn.Module):
@@ -98,7 +98,7 @@ class Bottleneck(nn.Module):
         y = nn.relu(self.layers.simam_and_norm(y, train, "bn2"))
         y = norm(name="bn3")(conv(outer, name="conv3")(y), train)
         y = attend(y, train, "se", "cbam")
-        return nn.relu(y + shortcut(self.layers, x, outer, self.stride, train, pool=self.pool))
+        return relu_of_sum(y, shortcut(self.layers, x, outer, self.stride, train, pool=self.pool))
 
 
 class PreActBlock(nn.Module):
