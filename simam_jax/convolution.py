@@ -51,9 +51,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
         return lowered(partial(_in_blocks, groups=groups, dense=on_cpu))(x, kernel)
     if x.shape[3] >= _FEW:
         return lowered(on_cpu)(x, kernel)
-    patches, columns = (lowered(partial(form, **geometry)) for form in (_by_patches, _by_columns))
-    # XLA's value is as fast with a large kernel, and up to twice as slow with a small one.
-    return _with_gradient(patches if kernel.shape[0] <= 3 else xla, columns, patches)(x, kernel)
+    sums, columns, patches = (lowered(partial(form, **geometry)) for form in (_sum_of_taps, _by_columns, _by_patches))
+    return _with_gradient(sums if kernel.shape[0] <= 3 else xla, columns, patches)(x, kernel)
 
 
 def _with_gradient(value: Bilinear, in_kernel: Bilinear, in_x: Bilinear | None = None) -> Bilinear:
@@ -174,12 +173,16 @@ def _in_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int
 
 
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """A depthwise convolution as a sum of shifted products, which XLA fuses into one loop over the result."""
+    """A depthwise convolution, or one of few channels, as a sum of shifted products: XLA fuses it into one loop over the result."""
+    size, _, inputs, _ = kernel.shape
     result = _places(x, kernel, stride, padding)
 
     def taps(padded: jax.Array, kernel: jax.Array) -> jax.Array:
-        places = np.ndindex(kernel.shape[:2])
-        first, *others = (_tap(padded, place, result, stride) * kernel[place] for place in places)
+        # A depthwise kernel has one input, and tap[..., 0::1] is the whole tap; of others each channel meets all outputs.
+        first, *others = (
+            _tap(padded, (i, j), result, stride)[..., c::inputs] * kernel[i, j, c]
+            for i, j, c in np.ndindex(size, size, inputs)
+        )
         return sum(others, start=first)
 
     return _stored(taps, _pad(x, padding), kernel)

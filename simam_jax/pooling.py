@@ -1,4 +1,4 @@
-"""Pooling; the gradient of max pooling as each platform computes it fastest."""
+"""Pooling; max pooling and its gradient as each platform computes them fastest."""
 
 from typing import Any
 
@@ -17,7 +17,9 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Of equal values the first in reading order has the gradient, as in PyTorch.
     """
-    return _by_windows(x)
+    if all(isinstance(n, int) for n in x.shape):
+        return lax.platform_dependent(x, cpu=_by_slices, default=_by_windows)
+    return _by_windows(x)  # a symbolic size is one of jax.export, whose targets know no conditionals
 
 
 @max_pool.defjvp
@@ -35,8 +37,22 @@ def _by_windows(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
+def _by_slices(x: jax.Array) -> jax.Array:
+    """The same as maxima of whole arrays, first over rows: XLA for CPUs fuses these with what computes x."""
+    return _largest_of_three(_largest_of_three(x, axis=1), axis=2)
+
+
+def _largest_of_three(x: jax.Array, axis: int) -> jax.Array:
+    even, odd = (lax.slice_in_dim(x, first, None, 2, axis) for first in (0, 1))
+    before, after = ([(0, 0, 0)] * x.ndim for _ in range(2))
+    before[axis] = (1, x.shape[axis] % 2 - 1, 0)
+    after[axis] = (0, x.shape[axis] % 2, 0)
+    nothing = jnp.array(-jnp.inf, x.dtype)
+    return jnp.maximum(jnp.maximum(lax.pad(odd, nothing, before), even), lax.pad(odd, nothing, after))
+
+
 def _by_axes(x: jax.Array) -> jax.Array:
-    """The same, first within rows and then over them, as choices between whole arrays."""
+    """The same, first within rows and then over them, as choices between whole arrays, whose gradient is the first's."""
     return _pool_axis(_pool_axis(x, axis=2), axis=1)
 
 

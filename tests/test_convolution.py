@@ -58,6 +58,7 @@ GEOMETRIES = [
     pytest.param(3, 1, 4, 6, 1, id="3x3"),
     pytest.param(3, 2, 4, 6, 1, id="3x3-strided"),
     pytest.param(3, 1, 3, 4, 1, id="3x3-few-channels"),
+    pytest.param(3, 2, 3, 4, 1, id="3x3-few-channels-strided"),
     pytest.param(7, 2, 3, 4, 1, id="7x7-strided"),
     pytest.param(7, 1, 2, 1, 1, id="7x7"),
     pytest.param(3, 1, 6, 6, 6, id="depthwise"),
