@@ -112,9 +112,10 @@ def statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax
     return shift, mean, 1 / (4 * (v + e_lambda))
 
 
-def _attended(x: jax.Array, *statistics: jax.Array) -> jax.Array:
+def _attended(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> jax.Array:
+    """x sigmoid(z) in one division; the exponential cannot overflow, as z is at least 1/2."""
     wide = x.astype(at_least_float32(x.dtype))
-    return (wide * centred_and_weights(wide, *statistics)[1]).astype(x.dtype)
+    return (wide / (1 + jnp.exp(-a * jnp.square(wide - shift - mean) - 0.5))).astype(x.dtype)
 
 
 def centred_and_weights(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
