@@ -139,19 +139,27 @@ def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array)
 
 
 def _gradient(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
-    c, _, h = _terms(x, dy, *statistics)
+    def terms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, dy = (each.astype(statistics[0].dtype) for each in (x, dy))
+        c, s = centred_and_weights(x, *statistics)
+        return c, dy * s, dy * x * s * (1 - s) * c
+
+    c, _, h = terms(x, dy)
     sums = h.sum(_MAP, keepdims=True), (h * c).sum(_MAP, keepdims=True)
     # dy is not held back before its sums: where it is computed just then, they are taken in the same pass.
     x, dy, sums = lax.optimization_barrier((x, dy, sums))
-    return _dx(x, dy, statistics, *sums)
+    return _dx(*terms(x, dy), statistics[-1], *sums).astype(x.dtype)
 
 
 def _gradient_on_cpu(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
     """The same for XLA on CPUs, where exponentials cost more than memory, and sum(h x) less than sum(h c), which would have
     a broadcast mean and then c written out: so that is used where the mean is not large."""
+    s = _weights_after(dy, x, *statistics)
     shift, mean, a = statistics
     mu = shift + mean
-    _, _, h = _terms(x, dy, *statistics)
+    wide, dy = (each.astype(mean.dtype) for each in (x, dy))
+    c = wide - shift - mean
+    h = dy * wide * s * (1 - s) * c
     sum_h = h.sum(_MAP, keepdims=True)
 
     def from_c(x: jax.Array, h: jax.Array) -> jax.Array:
@@ -160,24 +168,28 @@ def _gradient_on_cpu(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax
     def from_x(x: jax.Array, h: jax.Array) -> jax.Array:
         return (h * x).sum(_MAP, keepdims=True) - mu * sum_h
 
-    sum_hc = lax.cond(mean_cancels(mu, 1 / (4 * a)), from_c, from_x, x.astype(h.dtype), h)
-    return _dx(x, dy, statistics, sum_h, sum_hc)
+    sum_hc = lax.cond(mean_cancels(mu, 1 / (4 * a)), from_c, from_x, wide, h)
+    return _dx(c, dy * s, h, a, sum_h, sum_hc).astype(x.dtype)
 
 
-def _terms(x: jax.Array, dy: jax.Array, *statistics: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """c, dy s and h."""
-    x, dy = x.astype(statistics[0].dtype), dy.astype(statistics[0].dtype)
-    c, s = centred_and_weights(x, *statistics)
-    return c, dy * s, dy * x * s * (1 - s) * c
+def _weights_after(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
+    """The weights of x, computed once, and not before dy is there.
+
+    They do not need it: XLA for CPUs would compute them with the forward pass, and keep them from then on. Here a number
+    of dy decides between two equal branches.
+    """
+
+    def weights(x: jax.Array, *statistics: jax.Array) -> jax.Array:
+        return centred_and_weights(x.astype(statistics[0].dtype), *statistics)[1]
+
+    return lax.cond(dy[(0,) * dy.ndim] == 0, weights, weights, x, *statistics)
 
 
 def _dx(
-    x: jax.Array, dy: jax.Array, statistics: tuple[jax.Array, ...], sum_h: jax.Array, sum_hc: jax.Array
+    c: jax.Array, through_x: jax.Array, h: jax.Array, a: jax.Array, sum_h: jax.Array, sum_hc: jax.Array
 ) -> jax.Array:
-    (c, through_x, h), a = _terms(x, dy, *statistics), statistics[-1]
-    mean_h = sum_h / (x.shape[-3] * x.shape[-2])
-    dx = through_x + 2 * a * (h - mean_h) - c * (8 * jnp.square(a) * sum_hc / degrees_of_freedom(x))
-    return dx.astype(x.dtype)
+    mean_h = sum_h / (c.shape[-3] * c.shape[-2])
+    return through_x + 2 * a * (h - mean_h) - c * (8 * jnp.square(a) * sum_hc / degrees_of_freedom(c))
 
 
 _simam.defvjp(_forward, _backward)

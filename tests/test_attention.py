@@ -101,6 +101,21 @@ def test_what_is_kept_for_the_gradient_is_the_map_and_three_numbers_a_channel():
     assert kept == [2 * 8 * 4] * 3 + [x.size * 2]
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="what is kept is XLA's choice; this is the lowering for CPUs"
+)
+def test_compiled_for_a_cpu_the_weights_are_not_kept_either():
+    x, layers = jnp.zeros((4, 32, 32, 16)), 10
+
+    def loss(x):
+        for i in range(layers):
+            x = simam(jnp.sin(x + i))
+        return x.sum()
+
+    kept = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes / x.nbytes
+    assert kept < 2.5 * layers  # a layer: x, and of what x is the sine
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_result_has_the_dtype_of_the_input(dtype: str):
     x = jnp.asarray(draw(2, 8, 8, 3), dtype)
