@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from simam_jax import UserError, create_model, list_models
-from simam_jax.layers import BatchNorm, Conv, Dropout, relu_of_sum
+from simam_jax.layers import BatchNorm, Conv, Dropout, relu
 from simam_jax.models import ATTENTIONS, MODELS
 from simam_jax.models.network import variable_shapes
 
@@ -59,18 +59,17 @@ def test_parameter_counts(name: str, params: int):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_relu_of_sum_is_relu_of_the_sum_with_its_gradient(dtype):
-    x, y = jax.random.normal(jax.random.key(0), (2, 4, 50), dtype)
-    y = y.at[0].set(-x[0])  # sums of 0
+def test_relu_is_the_maximum_with_0_and_its_gradient(dtype):
+    x = jax.random.normal(jax.random.key(0), (4, 50), dtype).at[0, :3].set([0, -0.0, jnp.inf]).at[1, 0].set(jnp.nan)
 
     @partial(jax.jit, static_argnums=0)
-    def everything(f, x, y):
-        z, pull = jax.vjp(f, x, y)
-        return z, *pull(jnp.cos(z)), jax.jvp(f, (x, y), (jnp.sin(x), jnp.cos(y)))[1]
+    def everything(f, x):
+        y, pull = jax.vjp(f, x)
+        return y, *pull(jnp.ones_like(x)), jax.jvp(f, (x,), (jnp.full_like(x, 2),))[1]
 
-    expected = everything(lambda x, y: jax.nn.relu(x + y), x, y)
-    for ours, theirs in zip(everything(relu_of_sum, x, y), expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(everything(relu, x), everything(jax.nn.relu, x), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
 
 
 def test_stages_of_resnet50_for_detection():

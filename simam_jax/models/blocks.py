@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite
-from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal, relu_of_sum
+from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal, relu
 from simam_jax.pooling import halve
 from simam_jax.simam_norm import simam_then_normalise
 
@@ -69,10 +69,10 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm, attend = self.layers.conv, self.layers.norm, self.layers.attend
-        y = nn.relu(norm(name="bn1")(conv(self.width, 3, self.stride, name="conv1")(x), train))
+        y = relu(norm(name="bn1")(conv(self.width, 3, self.stride, name="conv1")(x), train))
         y = self.layers.simam_and_norm(conv(self.width, 3, name="conv2")(y), train, "bn2")
         y = attend(y, train, "se", "cbam")
-        return relu_of_sum(y, shortcut(self.layers, x, self.width, self.stride, train))
+        return relu(y + shortcut(self.layers, x, self.width, self.stride, train))
 
 
 class Bottleneck(nn.Module):
@@ -93,12 +93,13 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm, attend = self.layers.conv, self.layers.norm, self.layers.attend
         inner, outer = self.width * self.group_width // 64 * self.groups, self.width * self.expansion
-        y = nn.relu(norm(name="bn1")(conv(inner, name="conv1")(x), train))
+        y = relu(norm(name="bn1")(conv(inner, name="conv1")(x), train))
         y = conv(inner, 3, self.stride, self.groups, name="conv2")(y)
+        # Not `relu`: here the gradient has what went in at hand anyway.
         y = nn.relu(self.layers.simam_and_norm(y, train, "bn2"))
         y = norm(name="bn3")(conv(outer, name="conv3")(y), train)
         y = attend(y, train, "se", "cbam")
-        return relu_of_sum(y, shortcut(self.layers, x, outer, self.stride, train, pool=self.pool))
+        return relu(y + shortcut(self.layers, x, outer, self.stride, train, pool=self.pool))
 
 
 class PreActBlock(nn.Module):
@@ -118,11 +119,11 @@ class PreActBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm = self.layers.conv, self.layers.norm
-        y = nn.relu(norm(name="bn1")(x, train))
+        y = relu(norm(name="bn1")(x, train))
         skip = shortcut(
             self.layers, y if self.wide and x.shape[-1] != self.width else x, self.width, self.stride, train, norm=False
         )
-        y = nn.relu(norm(name="bn2")(conv(self.width, 3, self.stride, name="conv1")(y), train))
+        y = relu(norm(name="bn2")(conv(self.width, 3, self.stride, name="conv1")(y), train))
         y = Dropout(self.dropout_rate, self.layers.axis_name)(y, train)
         y = conv(self.width, 3, name="conv2")(y)
         return self.layers.attend(y, train, "simam", "se", "cbam") + skip
@@ -140,9 +141,9 @@ class PreActBottleneck(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm, attend = self.layers.conv, self.layers.norm, self.layers.attend
         outer = self.width * self.expansion
-        y = conv(self.width, name="conv1")(nn.relu(norm(name="bn1")(x, train)))
-        y = conv(self.width, 3, self.stride, name="conv2")(nn.relu(norm(name="bn2")(y, train)))
-        y = nn.relu(self.layers.simam_and_norm(y, train, "bn3"))
+        y = conv(self.width, name="conv1")(relu(norm(name="bn1")(x, train)))
+        y = conv(self.width, 3, self.stride, name="conv2")(relu(norm(name="bn2")(y, train)))
+        y = nn.relu(self.layers.simam_and_norm(y, train, "bn3"))  # as in Bottleneck
         y = conv(outer, name="conv3")(y)
         y = attend(y, train, "se", "cbam")
         return y + shortcut(self.layers, x, outer, self.stride, train, norm=False)
