@@ -52,6 +52,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     if x.shape[3] >= _FEW:
         return lowered(on_cpu)(x, kernel)
     sums, columns, patches = (lowered(partial(form, **geometry)) for form in (_sum_of_taps, _by_columns, _by_patches))
+    # Of a large kernel the sum has so many terms that XLA's value is faster.
     return _with_gradient(sums if kernel.shape[0] <= 3 else xla, columns, patches)(x, kernel)
 
 
