@@ -99,6 +99,8 @@ def _walk(graph: _Graph, jaxpr: core.Jaxpr, consts: Sequence[Value], inputs: Seq
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         if inner is not None:  # jax.jit and functions with gradients of their own
             results = _walk(graph, inner.jaxpr, [np.asarray(c) for c in inner.consts], operands)
+        elif name == "broadcast_in_dim" and not all(isinstance(n, int) for n in equation.params["shape"]):
+            results = [_broadcast(graph, equation, *operands)]
         elif not any(isinstance(operand, str) for operand in operands):
             results = [np.asarray(equation.primitive.bind(*operands, **equation.params))]
         elif name in _RULES:
@@ -130,7 +132,9 @@ def _cast(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
 
 
 def _broadcast(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
-    """New axes of size 1: repeating values along others is left to the operations that follow."""
+    """New axes of size 1: repeating values along others is left to the operations that follow, and of a constant all."""
+    if isinstance(x, np.ndarray) and x.ndim == 0:
+        return x
     before, shape = _type(equation.invars[0]).shape, equation.params["shape"]
     old = equation.params["broadcast_dimensions"]
     new = [i for i in range(len(shape)) if i not in old]
@@ -226,12 +230,14 @@ _RULES: dict[str, Rule] = {
     "convert_element_type": _cast,
     "div": _same("Div"),
     "dot_general": _dot,
+    "exp": _same("Exp"),
     "gather": _gather,
     "logistic": _same("Sigmoid"),
     "lt": _same("Less"),
     "max": _same("Max"),
     "min": _same("Min"),
     "mul": _same("Mul"),
+    "neg": _same("Neg"),
     "reduce_sum": lambda graph, equation, x: graph.add("ReduceSum", x, np.array(equation.params["axes"]), keepdims=0),
     "reduce_window_max": _pool("MaxPool"),
     "reduce_window_sum": _pool("AveragePool", count_include_pad=1),
