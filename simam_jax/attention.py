@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from simam_jax.errors import UserError, unknown
 from simam_jax.layers import BatchNorm, Conv, Initializer, Linear, at_least_float32, torch_uniform
 from simam_jax.moments import mean_cancels, moments
+from simam_jax.once import once
 from simam_jax.pooling import global_average
 
 IMPLEMENTATIONS = ("auto", "xla", "reference")
@@ -141,8 +142,7 @@ def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array)
 def _gradient(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
     def terms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, dy = (each.astype(statistics[0].dtype) for each in (x, dy))
-        c, s = centred_and_weights(x, *statistics)
-        return c, dy * s, dy * x * s * (1 - s) * c
+        return _terms(x, dy, *centred_and_weights(x, *statistics))
 
     c, _, h = terms(x, dy)
     sums = h.sum(_MAP, keepdims=True), (h * c).sum(_MAP, keepdims=True)
@@ -154,12 +154,16 @@ def _gradient(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
 def _gradient_on_cpu(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
     """The same for XLA on CPUs, where exponentials cost more than memory, and sum(h x) less than sum(h c), which would have
     a broadcast mean and then c written out: so that is used where the mean is not large."""
-    s = _weights_after(dy, x, *statistics)
     shift, mean, a = statistics
     mu = shift + mean
+
+    def weights(x: jax.Array, *statistics: jax.Array) -> jax.Array:
+        return centred_and_weights(x.astype(mean.dtype), *statistics)[1]
+
+    # They do not need dy, but would be computed with the forward pass, and kept from then on.
+    s = once(weights, x, *statistics, after=dy)
     wide, dy = (each.astype(mean.dtype) for each in (x, dy))
-    c = wide - shift - mean
-    h = dy * wide * s * (1 - s) * c
+    c, through_x, h = _terms(wide, dy, wide - shift - mean, s)
     sum_h = h.sum(_MAP, keepdims=True)
 
     def from_c(x: jax.Array, h: jax.Array) -> jax.Array:
@@ -169,20 +173,12 @@ def _gradient_on_cpu(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax
         return (h * x).sum(_MAP, keepdims=True) - mu * sum_h
 
     sum_hc = lax.cond(mean_cancels(mu, 1 / (4 * a)), from_c, from_x, wide, h)
-    return _dx(c, dy * s, h, a, sum_h, sum_hc).astype(x.dtype)
+    return _dx(c, through_x, h, a, sum_h, sum_hc).astype(x.dtype)
 
 
-def _weights_after(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
-    """The weights of x, computed once, and not before dy is there.
-
-    They do not need it: XLA for CPUs would compute them with the forward pass, and keep them from then on. Here a number
-    of dy decides between two equal branches.
-    """
-
-    def weights(x: jax.Array, *statistics: jax.Array) -> jax.Array:
-        return centred_and_weights(x.astype(statistics[0].dtype), *statistics)[1]
-
-    return lax.cond(dy[(0,) * dy.ndim] == 0, weights, weights, x, *statistics)
+def _terms(x: jax.Array, dy: jax.Array, c: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """c, dy s and h."""
+    return c, dy * s, dy * x * s * (1 - s) * c
 
 
 def _dx(

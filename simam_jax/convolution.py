@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from simam_jax.once import once
 from simam_jax.winograd import convolve_3x3
 
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
@@ -186,16 +187,7 @@ def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) 
         )
         return sum(others, start=first)
 
-    return _stored(taps, _pad(x, padding), kernel)
-
-
-def _stored(f: Bilinear, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """f(x, kernel), computed once and kept in memory.
-
-    XLA for CPUs computes such sums anew in everything that reads them, and has dropped all barriers when it decides that.
-    It stops at a conditional, so here is one, the branches of which are the same.
-    """
-    return lax.cond(kernel.ravel()[0] == 0, f, f, x, kernel)
+    return once(taps, _pad(x, padding), kernel, after=kernel)
 
 
 def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
@@ -226,7 +218,7 @@ def _spread_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) 
         ]
         return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding, size - 1 - padding), result, stride)
 
-    return _stored(taps, x, kernel)
+    return once(taps, x, kernel, after=kernel)
 
 
 def _in_blocks(x: jax.Array, kernel: jax.Array, *, groups: int, dense: Bilinear) -> jax.Array:
