@@ -40,16 +40,18 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
         return xla(x, kernel)
     if kernel.shape[0] == 1 and groups == 1 and padding == 0:
         return lowered(partial(_product, stride=stride))(x, kernel)
-    if x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _PATCHES:
-        return xla(x, kernel)
     if groups == x.shape[3] == kernel.shape[3]:
         forms = (partial(form, **geometry) for form in (_sum_of_taps, _tap_by_tap, _spread_taps))
         return _with_gradient(*map(lowered, forms))(x, kernel)
+    small = x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _PATCHES
+    if small and groups == 1:
+        return xla(x, kernel)
     precise = jnp.finfo(x.dtype).bits >= 32  # narrower types have too few digits for Winograd's sums
     winograd = precise and kernel.shape[:2] == (3, 3) and stride == padding == 1
     on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
     if groups > 1:
-        return lowered(partial(_in_blocks, groups=groups, dense=on_cpu))(x, kernel)
+        blocks = lowered(partial(_in_blocks, groups=groups, dense=on_cpu))
+        return (_with_gradient(xla, blocks, blocks) if small else blocks)(x, kernel)
     if x.shape[3] >= _FEW:
         return lowered(on_cpu)(x, kernel)
     sums, columns, patches = (lowered(partial(form, **geometry)) for form in (_sum_of_taps, _by_columns, _by_patches))
