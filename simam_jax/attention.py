@@ -102,7 +102,7 @@ def _reference(x: jax.Array, e_lambda: float) -> jax.Array:
 # in what follows, would write it in float32 and read it back: the barriers keep the passes apart. See docs/mathematics.md.
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _simam(x: jax.Array, e_lambda: float) -> jax.Array:
-    return _attended(x, *statistics(x, e_lambda))
+    return attended(x, *statistics(x, e_lambda))
 
 
 def statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -113,7 +113,7 @@ def statistics(x: jax.Array, e_lambda: float) -> tuple[jax.Array, jax.Array, jax
     return shift, mean, 1 / (4 * (v + e_lambda))
 
 
-def _attended(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> jax.Array:
+def attended(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.Array) -> jax.Array:
     """x sigmoid(z) in one division; the exponential cannot overflow, as z is at least 1/2."""
     wide = x.astype(at_least_float32(x.dtype))
     return (wide / (1 + jnp.exp(-a * jnp.square(wide - shift - mean) - 0.5))).astype(x.dtype)
@@ -126,7 +126,7 @@ def centred_and_weights(x: jax.Array, shift: jax.Array, mean: jax.Array, a: jax.
 
 def _forward(x: jax.Array, e_lambda: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     of_x = statistics(x, e_lambda)
-    return lax.optimization_barrier(_attended(x, *of_x)), (x, *of_x)
+    return lax.optimization_barrier(attended(x, *of_x)), (x, *of_x)
 
 
 def _backward(_e_lambda: float, residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array]:
@@ -152,16 +152,24 @@ def _gradient(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
 
 
 def _gradient_on_cpu(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
-    """The same for XLA on CPUs, where exponentials cost more than memory, and sum(h x) less than sum(h c), which would have
-    a broadcast mean and then c written out: so that is used where the mean is not large."""
-    shift, mean, a = statistics
-    mu = shift + mean
+    """The same for XLA on CPUs, where exponentials cost more than memory."""
+    return gradient_from_weights(dy, x, weights_after(dy, x, *statistics), *statistics)
+
+
+def weights_after(dy: jax.Array, x: jax.Array, *statistics: jax.Array) -> jax.Array:
+    """The weights s in memory, for a gradient: they do not need dy, but would be kept from the forward pass on."""
 
     def weights(x: jax.Array, *statistics: jax.Array) -> jax.Array:
-        return centred_and_weights(x.astype(mean.dtype), *statistics)[1]
+        return centred_and_weights(x.astype(statistics[0].dtype), *statistics)[1]
 
-    # They do not need dy, but would be computed with the forward pass, and kept from then on.
-    s = once(weights, x, *statistics, after=dy)
+    return once(weights, x, *statistics, after=dy)
+
+
+def gradient_from_weights(dy: jax.Array, x: jax.Array, s: jax.Array, *statistics: jax.Array) -> jax.Array:
+    """The gradient with sum(h x), which costs XLA on CPUs less than sum(h c): that would have a broadcast mean and then c
+    written out, and is taken only where the mean is large."""
+    shift, mean, a = statistics
+    mu = shift + mean
     wide, dy = (each.astype(mean.dtype) for each in (x, dy))
     c, through_x, h = _terms(wide, dy, wide - shift - mean, s)
     sum_h = h.sum(_MAP, keepdims=True)

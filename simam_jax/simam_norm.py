@@ -1,7 +1,8 @@
-"""SimAM and the batch norm that follows it as one function, for GPUs: SimAM's output and its gradient are never stored.
+"""SimAM, the batch norm that follows it and the activation after that as one function, which keeps only x for its gradient.
 
-On its own SimAM writes y = SimAM(x) for batch norm to read twice, and reads, twice, the dy that batch norm's gradient
-wrote. Here every pass computes y anew from x, which costs a GPU less than moving it. See docs/mathematics.md.
+On its own batch norm keeps SimAM's output y, as large as x, which SimAM keeps. Here y is computed again for the gradient: on
+CPUs once, with the weights that SimAM's gradient takes anyway; on GPUs, which compute cheaper than they move, in every pass,
+so that neither y nor its gradient is ever stored. See docs/mathematics.md.
 """
 
 from collections.abc import Callable
@@ -11,27 +12,71 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simam_jax.attention import centred_and_weights, degrees_of_freedom, simam, statistics
+from simam_jax.attention import (
+    attended,
+    centred_and_weights,
+    degrees_of_freedom,
+    gradient_from_weights,
+    simam,
+    statistics,
+    weights_after,
+)
 from simam_jax.layers import Affine, Normalise, at_least_float32, normalise
+
+Activation = Callable[[jax.Array], jax.Array]  # of every number on its own
 
 _LANES = 512  # numbers in a row from which on XLA computes elements and sums columns in one kernel
 
 
-def simam_then_normalise(e_lambda: float) -> Normalise:
-    """`layers.normalise` of SimAM(x) instead of x (G, n, HW, C)."""
+def simam_then_normalise(e_lambda: float, activation: Activation) -> Normalise:
+    """`layers.normalise` of SimAM(x) instead of x (G, n, HW, C), and `activation` of what comes of it."""
 
     def f(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, affine: Affine):
-        def separate(x, shift, scale, bias):
-            return normalise(simam(x[..., None, :], e_lambda)[..., 0, :], shift, scale, bias, affine)
+        def activated(normalised):
+            def g(*args):
+                z, moments = normalised(*args)
+                return activation(z), moments
 
-        # On CPUs exponentials cost more than memory; on TPUs nothing was measured.
-        return lax.platform_dependent(x, shift, scale, bias, cuda=_fused(affine, e_lambda), default=separate)
+            return g
+
+        def after_simam(y, shift, scale, bias):
+            return normalise(y, shift, scale, bias, affine)
+
+        def apart(x, *others):
+            return after_simam(simam(x[..., None, :], e_lambda)[..., 0, :], *others)
+
+        on_gpu, on_cpu = _in_every_pass(affine, e_lambda), _kept_as_x(activated(after_simam), e_lambda)
+        forms = {"cuda": activated(on_gpu), "cpu": on_cpu, "default": activated(apart)}  # on TPUs nothing was measured
+        return lax.platform_dependent(x, shift, scale, bias, **forms)
 
     return f
 
 
-def _fused(affine: Affine, e_lambda: float) -> Callable[..., Any]:
-    """The same in three passes over x, and three over x and dy for the gradient; x is all that is kept of a map's size."""
+def _kept_as_x(after_simam: Callable[..., Any], e_lambda: float) -> Callable[..., Any]:
+    """after_simam(SimAM(x), *others), which keeps x instead of SimAM(x) for its gradient, and computes x s again there."""
+
+    @jax.custom_vjp
+    def f(x, *others):
+        return forward(x, *others)[0]
+
+    def forward(x, *others):
+        of_x = statistics(x[..., None, :], e_lambda)
+        return after_simam(attended(x[..., None, :], *of_x)[..., 0, :], *others), (x, of_x, others)
+
+    def backward(residuals, cotangents):
+        x, of_x, others = residuals
+        map_ = x[..., None, :]
+        s = weights_after(cotangents[0], map_, *of_x)
+        y = (map_ * s)[..., 0, :].astype(x.dtype)
+        dy, *of_others = jax.vjp(after_simam, y, *others)[1](cotangents)
+        return gradient_from_weights(dy[..., None, :], map_, s, *of_x)[..., 0, :], *of_others
+
+    f.defvjp(forward, backward)
+    return f
+
+
+def _in_every_pass(affine: Affine, e_lambda: float) -> Callable[..., Any]:
+    """SimAM and batch norm in three passes over x, and three over x and dz for the gradient."""
 
     @jax.custom_vjp
     def f(x, shift, scale, bias):

@@ -14,7 +14,7 @@ from flax import linen as nn
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite
 from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal, relu
 from simam_jax.pooling import halve
-from simam_jax.simam_norm import simam_then_normalise
+from simam_jax.simam_norm import Activation, simam_then_normalise
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Layers:
             return SqueezeExcite(reduction, self.linear, name="attention")(x)
         return CBAM(reduction, self.linear, self.kernel_init, self.norm, name="attention")(x, train)
 
-    def simam_and_norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
-        """x through SimAM, if that is the network's attention, and batch norm: in training as one function of the two."""
+    def simam_and_norm(self, x: jax.Array, train: bool, name: str, activation: Activation = lambda x: x) -> jax.Array:
+        """x through SimAM, if that is the network's attention, batch norm and an activation: in training as one function."""
         norm = self.norm(name=name)
-        if self.attention != "simam":
-            return norm(x, train)
-        attention = SimAM(self.attention_param, name="attention")
-        if not train or attention.is_mutable_collection("intermediates"):
-            return norm(attention(x), train)
-        return norm(x, train, simam_then_normalise(self.attention_param))
+        if self.attention == "simam":
+            attention = SimAM(self.attention_param, name="attention")
+            if train and not attention.is_mutable_collection("intermediates"):
+                return norm(x, train, simam_then_normalise(self.attention_param, activation))
+            x = attention(x)
+        return activation(norm(x, train))
 
 
 class BasicBlock(nn.Module):
@@ -96,7 +96,7 @@ class Bottleneck(nn.Module):
         y = relu(norm(name="bn1")(conv(inner, name="conv1")(x), train))
         y = conv(inner, 3, self.stride, self.groups, name="conv2")(y)
         # Not `relu`: here the gradient has what went in at hand anyway.
-        y = nn.relu(self.layers.simam_and_norm(y, train, "bn2"))
+        y = self.layers.simam_and_norm(y, train, "bn2", nn.relu)
         y = norm(name="bn3")(conv(outer, name="conv3")(y), train)
         y = attend(y, train, "se", "cbam")
         return relu(y + shortcut(self.layers, x, outer, self.stride, train, pool=self.pool))
@@ -143,7 +143,7 @@ class PreActBottleneck(nn.Module):
         outer = self.width * self.expansion
         y = conv(self.width, name="conv1")(relu(norm(name="bn1")(x, train)))
         y = conv(self.width, 3, self.stride, name="conv2")(relu(norm(name="bn2")(y, train)))
-        y = nn.relu(self.layers.simam_and_norm(y, train, "bn3"))  # as in Bottleneck
+        y = self.layers.simam_and_norm(y, train, "bn3", nn.relu)  # as in Bottleneck
         y = conv(outer, name="conv3")(y)
         y = attend(y, train, "se", "cbam")
         return y + shortcut(self.layers, x, outer, self.stride, train, norm=False)
@@ -171,7 +171,7 @@ class InvertedResidual(nn.Module):
         if self.cifar or self.expansion != 1:
             y = activation(norm(name="bn1")(conv(inner, name="conv1")(y), train))
         y = conv(inner, 3, self.stride, inner, name="conv2")(y)
-        y = activation(self.layers.simam_and_norm(y, train, "bn2"))
+        y = self.layers.simam_and_norm(y, train, "bn2", activation)
         y = norm(name="bn3")(conv(self.width, name="conv3")(y), train)
         y = attend(y, train, "se", "cbam")
         if self.stride == 1 and (self.cifar or x.shape[-1] == self.width):
