@@ -19,7 +19,8 @@ from simam_jax.winograd import convolve_3x3
 
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
 
-_PATCHES = 2**23  # bytes: patches gathered at a time on a CPU should stay in its caches; with fewer in all it is small
+_PATCHES = 2**23  # bytes: patches gathered at a time on a CPU should stay in its caches
+_SMALL = 2**21  # bytes of patches in all, up to which a convolution is small
 _FEW = 8  # channels, as of an image: patches of fewer are gathered a few numbers at a time
 _BLOCK = 32  # channels that a matrix product on a CPU should at least have
 
@@ -43,7 +44,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     if groups == x.shape[3] == kernel.shape[3]:
         forms = (partial(form, **geometry) for form in (_sum_of_taps, _tap_by_tap, _spread_taps))
         return _with_gradient(*map(lowered, forms))(x, kernel)
-    small = x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _PATCHES
+    small = x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _SMALL
     if small and groups == 1:
         return xla(x, kernel)
     precise = jnp.finfo(x.dtype).bits >= 32  # narrower types have too few digits for Winograd's sums

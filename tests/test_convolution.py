@@ -78,6 +78,7 @@ def draw(size, channels, outputs, groups, height=9, width=10):
 def large(monkeypatch):
     """Lowered as large inputs are: patches of two images at a time, groups in two blocks."""
     monkeypatch.setattr(convolution, "_PATCHES", 2**15)
+    monkeypatch.setattr(convolution, "_SMALL", 2**15)
     monkeypatch.setattr(convolution, "_FEW", 4)
     monkeypatch.setattr(convolution, "_BLOCK", 4)
 
@@ -85,6 +86,15 @@ def large(monkeypatch):
 @pytest.mark.usefixtures("x64", "large")
 @pytest.mark.parametrize(("size", "stride", "channels", "outputs", "groups"), GEOMETRIES)
 def test_value_tangent_and_gradients(size, stride, channels, outputs, groups):
+    assert_like_the_reference(size, stride, channels, outputs, groups)
+
+
+@pytest.mark.usefixtures("x64")
+def test_value_tangent_and_gradients_of_small_groups():
+    assert_like_the_reference(3, 2, 8, 12, 4)
+
+
+def assert_like_the_reference(size, stride, channels, outputs, groups):
     x, kernel = draw(size, channels, outputs, groups)
     geometry = {"stride": stride, "padding": size // 2, "groups": groups}
     f = partial(convolve, **geometry)
@@ -132,11 +142,11 @@ def test_tiles_round_about_as_the_definition_does():
     assert tiles < 3 * xla < 1e-5 * np.abs(exact).max()
 
 
-def test_small_ones_are_left_to_xla():
-    x, kernel = draw(3, 4, 6, 1)
-    text = jax.jit(jax.grad(lambda k: jnp.sum(convolve(x, k, stride=1, padding=1) ** 2))).lower(kernel).as_text()
-    assert text.count("stablehlo.convolution") == 2
-    assert "stablehlo.while" not in text
+@pytest.mark.parametrize(("groups", "left_to_xla"), [(1, 2), (2, 1), (4, 0)], ids=["dense", "grouped", "depthwise"])
+def test_small_ones_are_left_to_xla_but_not_gradients_of_groups(groups, left_to_xla):
+    x, kernel = draw(3, 4, 4, groups)
+    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=1, padding=1, groups=groups) ** 2))
+    assert jax.jit(f).lower(kernel).as_text().count("stablehlo.convolution") == left_to_xla
 
 
 @pytest.mark.usefixtures("x64", "large")

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from simam_jax import UserError, create_model, list_models
 from simam_jax.layers import BatchNorm, Conv, Dropout, relu
-from simam_jax.models import ATTENTIONS, MODELS
+from simam_jax.models import ATTENTIONS, MODELS, network
 from simam_jax.models.network import variable_shapes
 
 shapes = functools.cache(variable_shapes)  # shared with the tests of conversion
@@ -228,3 +228,29 @@ def test_dropout_does_not_depend_on_the_number_of_devices():
     np.testing.assert_allclose(one[one != 0], 1 / 0.7, rtol=1e-6)
     assert (one[0] != one[1]).any()
     np.testing.assert_array_equal(Dropout(0.3).apply({}, x), x)
+
+
+def test_a_large_batch_goes_through_in_parts_on_cpus(monkeypatch):
+    model = create_model("cifar_resnet20", num_classes=10, attention="simam")
+    images = jax.random.normal(jax.random.key(1), (6, 16, 16, 3))
+    variables = model.init(jax.random.key(0), images)
+    calls = {
+        "features": partial(model.apply, features=True),
+        "weights": partial(model.apply, mutable=["intermediates"]),
+    }
+
+    def lowered(call, count, platform="cpu"):
+        return jax.jit(call).trace(variables, images[:count]).lower(lowering_platforms=(platform,))
+
+    def has_loop(*args):
+        return "stablehlo.while" in lowered(*args).as_text()
+
+    whole = lowered(calls["features"], 6).compile()(variables, images)
+    monkeypatch.setattr(network, "_PIXELS", 2 * 16 * 16)
+    parts = lowered(calls["features"], 6).compile()(variables, images)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), parts, whole)
+    assert has_loop(model.apply, 6)
+    assert not has_loop(model.apply, 6, "cuda")
+    assert not has_loop(model.apply, 2)
+    assert not has_loop(model.apply, 5)  # parts of one image would be too small
+    assert not has_loop(calls["weights"], 6)

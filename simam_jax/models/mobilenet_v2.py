@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from simam_jax.layers import Linear, he_normal, torch_uniform
 from simam_jax.models.blocks import InvertedResidual
-from simam_jax.models.network import Network
+from simam_jax.models.network import Network, Outputs
 
 # Table 2 of the paper: expansion, width, blocks, stride of the first block.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -21,14 +21,14 @@ class MobileNetV2(Network, kw_only=True):
     cifar: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, features: bool = False):
+    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
         if self.cifar:
             layers, activation = self.layers(kernel_init=torch_uniform), nn.relu
         else:
             layers, activation = self.layers(kernel_init=he_normal, linear=_Linear), nn.relu6
         conv, norm, stages, index = layers.conv, layers.norm, {}, 0
 
-        x = conv(32, 3, 1 if self.cifar else 2, name="conv1")(self.cast(x))
+        x = conv(32, 3, 1 if self.cifar else 2, name="conv1")(x)
         x = activation(norm(name="bn1")(x, train))
         for stage, (expansion, width, size, stride) in enumerate(STAGES):
             if self.cifar and stage == 1:

@@ -1,15 +1,21 @@
 """What all networks share: how they are called, what they are told, how they end."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from simam_jax.errors import UserError
 from simam_jax.models.blocks import Layers
 from simam_jax.pooling import global_average
 
+Outputs = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
+
+_PIXELS = 2**19  # of images whose maps stay in a CPU's caches: eight of 224 x 224
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # no variable depends on the images' number or size
 
 
@@ -36,6 +42,18 @@ class Network(nn.Module, kw_only=True):
     bn_group_size: int = 0  # images per batch-norm statistic; see layers.BatchNorm
     axis_name: str | None = None  # the mesh axis that the batch is cut over, where there is one
 
+    def __call__(self, x: jax.Array, train: bool = False, features: bool = False) -> Outputs:
+        x = self.cast(x)
+        watched = self.is_mutable_collection("intermediates") or "perturbations" in self.variables
+        if train or watched or self.is_initializing():
+            return self.compute(x, train, features)
+        compute = partial(self.clone(parent=None).apply, train=False, features=features, method="compute")
+        return _in_parts(compute, self.variables, x)
+
+    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
+        """The same of all images at once, which are in `dtype`."""
+        raise NotImplementedError
+
     @nn.nowrap
     def layers(self, **changes) -> Layers:
         return Layers(self.attention, self.attention_param, self.bn_group_size, self.axis_name, **changes)
@@ -58,3 +76,20 @@ class Network(nn.Module, kw_only=True):
     def classify(self, layers: Layers, x: jax.Array, **changes) -> jax.Array:
         """(N, H, W, C) -> logits (N, num_classes) from the means of the channels."""
         return layers.linear(self.num_classes, name="fc", **changes)(global_average(x))
+
+
+def _in_parts(f: Callable[[Any, jax.Array], Any], variables: Any, x: jax.Array) -> Any:
+    """f(variables, x), on CPUs one part of a large batch after the other: the maps of a few images stay in the caches."""
+    if not all(isinstance(n, int) for n in x.shape):  # a symbolic size of jax.export
+        return f(variables, x)
+    count, *shape = x.shape
+    most = max(_PIXELS / (shape[0] * shape[1]), 1)
+    at_once = max((n for n in range(1, count + 1) if count % n == 0 and n <= most), default=0)
+    if at_once == count or at_once <= most / 2:  # of a batch that divides badly the parts would be too small
+        return f(variables, x)
+
+    def on_cpu(variables: Any, x: jax.Array) -> Any:
+        outputs = lax.map(partial(f, variables), x.reshape(-1, at_once, *shape))
+        return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), outputs)
+
+    return lax.platform_dependent(variables, x, cpu=on_cpu, default=f)

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from simam_jax.layers import Initializer, torch_uniform
-from simam_jax.models.network import Network
+from simam_jax.models.network import Network, Outputs
 
 
 class PreActResNet(Network, kw_only=True):
@@ -21,10 +21,10 @@ class PreActResNet(Network, kw_only=True):
     dropout_rate: float = 0.0  # between the convolutions of a wide block
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, features: bool = False):
+    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
         layers, stages = self.layers(kernel_init=self.kernel_init), {}
         extra = {"dropout_rate": self.dropout_rate} if self.dropout_rate else {}
-        x = layers.conv(16, 3, name="conv1")(self.cast(x))
+        x = layers.conv(16, 3, name="conv1")(x)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from simam_jax.layers import Initializer, he_normal
 from simam_jax.models.blocks import Layers
-from simam_jax.models.network import Network
+from simam_jax.models.network import Network, Outputs
 from simam_jax.pooling import max_pool
 
 
@@ -22,9 +22,9 @@ class ResNet(Network, kw_only=True):
     kernel_init: Initializer = he_normal
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, features: bool = False):
+    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
         layers, stages = self.layers(kernel_init=self.kernel_init), {}
-        x = self._stem(layers, self.cast(x), train)
+        x = self._stem(layers, x, train)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
