@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from simam_jax.once import once
+from simam_jax.parts import in_parts, part_size
 from simam_jax.winograd import convolve_3x3
 
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
@@ -143,7 +144,7 @@ def _by_patches(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
         rows = jnp.concatenate(patches, -1).reshape(-1, size * size * inputs)
         return (rows @ kernel.reshape(-1, outputs)).reshape(-1, *result, outputs)
 
-    return _in_parts(some, x, _patch_bytes(x, kernel, stride, padding))
+    return _cached(some, x, _patch_bytes(x, kernel, stride, padding))
 
 
 def _by_columns(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
@@ -166,15 +167,12 @@ def _by_columns(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
 def _by_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution by Winograd's tiles."""
     tile_bytes = 4 * x[0].size * x.dtype.itemsize  # 4x4 numbers for every 2x2
-    return _in_parts(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
+    return _cached(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
 
 
-def _in_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int) -> jax.Array:
+def _cached(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int) -> jax.Array:
     """f, so many images at a time that what it gathers stays in a CPU's caches; for the gradient only x is kept."""
-    most = _PATCHES // bytes_each
-    at_once = max(n for n in range(1, x.shape[0] + 1) if x.shape[0] % n == 0 and (n == 1 or n <= most))
-    parts = lax.map(jax.checkpoint(f, prevent_cse=False), x.reshape(-1, at_once, *x.shape[1:]))
-    return parts.reshape(-1, *parts.shape[2:])
+    return in_parts(jax.checkpoint(f, prevent_cse=False), x, part_size(x.shape[0], _PATCHES // bytes_each))
 
 
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:

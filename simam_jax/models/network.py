@@ -11,6 +11,7 @@ from jax import lax
 
 from simam_jax.errors import UserError
 from simam_jax.models.blocks import Layers
+from simam_jax.parts import in_parts, part_size
 from simam_jax.pooling import global_average
 
 Outputs = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
@@ -48,7 +49,7 @@ class Network(nn.Module, kw_only=True):
         if train or watched or self.is_initializing():
             return self.compute(x, train, features)
         compute = partial(self.clone(parent=None).apply, train=False, features=features, method="compute")
-        return _in_parts(compute, self.variables, x)
+        return _cached(compute, self.variables, x)
 
     def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
         """The same of all images at once, which are in `dtype`."""
@@ -78,18 +79,17 @@ class Network(nn.Module, kw_only=True):
         return layers.linear(self.num_classes, name="fc", **changes)(global_average(x))
 
 
-def _in_parts(f: Callable[[Any, jax.Array], Any], variables: Any, x: jax.Array) -> Any:
-    """f(variables, x), on CPUs one part of a large batch after the other: the maps of a few images stay in the caches."""
+def _cached(f: Callable[[Any, jax.Array], Any], variables: Any, x: jax.Array) -> Any:
+    """f(variables, x); on CPUs so few images of a large batch at a time that their maps stay in the caches."""
     if not all(isinstance(n, int) for n in x.shape):  # a symbolic size of jax.export
         return f(variables, x)
-    count, *shape = x.shape
-    most = max(_PIXELS / (shape[0] * shape[1]), 1)
-    at_once = max((n for n in range(1, count + 1) if count % n == 0 and n <= most), default=0)
-    if at_once == count or at_once <= most / 2:  # of a batch that divides badly the parts would be too small
+    count, height, width, _ = x.shape
+    most = max(_PIXELS / (height * width), 1)
+    size = part_size(count, most)
+    if size == count or size <= most / 2:  # the parts of a batch that divides badly would be too small
         return f(variables, x)
 
     def on_cpu(variables: Any, x: jax.Array) -> Any:
-        outputs = lax.map(partial(f, variables), x.reshape(-1, at_once, *shape))
-        return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), outputs)
+        return in_parts(partial(f, variables), x, size)
 
     return lax.platform_dependent(variables, x, cpu=on_cpu, default=f)
