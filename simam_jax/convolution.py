@@ -2,8 +2,8 @@
 
 XLA's convolutions for GPUs and TPUs are left alone. Those for CPUs compute 1x1 kernels and the gradients of kernels several
 times slower than the same work written as matrix products, depthwise and grouped ones by orders of magnitude: here they
-are written so, 3x3 ones as Winograd did, inside `jax.lax.platform_dependent`. Small ones stay as they are: they would
-only take longer to compile.
+are written so, 3x3 ones as Winograd did, inside `jax.lax.platform_dependent`. Small dense ones, and the values of small
+grouped ones, stay as they are: they would only take longer to compile.
 """
 
 from collections.abc import Callable
