@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from simam_jax.once import once
 from simam_jax.parts import in_parts, part_size
@@ -38,7 +39,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     def lowered(on_cpu: Bilinear) -> Bilinear:
         return lambda x, kernel: lax.platform_dependent(x, kernel, cpu=on_cpu, default=xla)
 
-    if not all(isinstance(n, int) for n in x.shape):  # a symbolic size of jax.export: how large it is cannot be asked
+    if any(map(is_symbolic_dim, x.shape)):  # how large a size of jax.export is cannot be asked
         return xla(x, kernel)
     if kernel.shape[0] == 1 and groups == 1 and padding == 0:
         return lowered(partial(_product, stride=stride))(x, kernel)

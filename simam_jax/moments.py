@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 Moments = tuple[jax.Array, jax.Array]
 
@@ -23,9 +24,9 @@ def moments(x: jax.Array, shift: jax.Array, axes: tuple[int, ...]) -> Moments:
         shift: of the moments' dtype and a shape that broadcasts to theirs; near x's mean, where that is known.
     """
     one_pass, on_cpu = partial(_one_pass, axes=axes), partial(_on_cpu, axes=axes)
-    if all(isinstance(n, int) for n in x.shape):
-        return lax.platform_dependent(x, shift, cpu=on_cpu, default=one_pass)
-    return one_pass(x, shift)  # a symbolic size is one of jax.export, whose targets know no conditionals
+    if any(map(is_symbolic_dim, x.shape)):  # jax.export's targets know no conditionals
+        return one_pass(x, shift)
+    return lax.platform_dependent(x, shift, cpu=on_cpu, default=one_pass)
 
 
 @moments.defjvp

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from simam_jax.layers import at_least_float32
 from simam_jax.windows import overlapping
@@ -17,9 +18,9 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Of equal values the first in reading order has the gradient, as in PyTorch.
     """
-    if all(isinstance(n, int) for n in x.shape):
-        return lax.platform_dependent(x, cpu=_by_slices, default=_by_windows)
-    return _by_windows(x)  # a symbolic size is one of jax.export, whose targets know no conditionals
+    if any(map(is_symbolic_dim, x.shape)):  # jax.export's targets know no conditionals
+        return _by_windows(x)
+    return lax.platform_dependent(x, cpu=_by_slices, default=_by_windows)
 
 
 @max_pool.defjvp

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.extend import core
 
 from simam_jax.errors import UserError
@@ -99,7 +100,7 @@ def _walk(graph: _Graph, jaxpr: core.Jaxpr, consts: Sequence[Value], inputs: Seq
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         if inner is not None:  # jax.jit and functions with gradients of their own
             results = _walk(graph, inner.jaxpr, [np.asarray(c) for c in inner.consts], operands)
-        elif name == "broadcast_in_dim" and not all(isinstance(n, int) for n in equation.params["shape"]):
+        elif name == "broadcast_in_dim" and any(map(is_symbolic_dim, equation.params["shape"])):
             results = [_broadcast(graph, equation, *operands)]
         elif not any(isinstance(operand, str) for operand in operands):
             results = [np.asarray(equation.primitive.bind(*operands, **equation.params))]

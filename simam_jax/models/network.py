@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from simam_jax.errors import UserError
 from simam_jax.models.blocks import Layers
@@ -81,7 +82,7 @@ class Network(nn.Module, kw_only=True):
 
 def _cached(f: Callable[[Any, jax.Array], Any], variables: Any, x: jax.Array) -> Any:
     """f(variables, x); on CPUs so few images of a large batch at a time that their maps stay in the caches."""
-    if not all(isinstance(n, int) for n in x.shape):  # a symbolic size of jax.export
+    if any(map(is_symbolic_dim, x.shape)):  # how large a size of jax.export is cannot be asked
         return f(variables, x)
     count, height, width, _ = x.shape
     most = max(_PIXELS / (height * width), 1)
