@@ -15,9 +15,9 @@ from jax.typing import ArrayLike
 
 from simam_jax.errors import UserError, unknown
 from simam_jax.layers import BatchNorm, Conv, Initializer, Linear, at_least_float32, torch_uniform
-from simam_jax.moments import mean_cancels, moments
-from simam_jax.once import once
-from simam_jax.pooling import global_average
+from simam_jax.ops.moments import mean_cancels, moments
+from simam_jax.ops.once import once
+from simam_jax.ops.pooling import global_average
 
 IMPLEMENTATIONS = ("auto", "xla", "reference")
 

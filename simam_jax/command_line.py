@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simam_jax import errors
 from simam_jax.inference import Predictor
-from simam_jax.training.progress import duration
+from simam_jax.progress import duration
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 

@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _torch_to_workdir(args: argparse.Namespace) -> None:
-    from simam_jax.training import checkpoints
+    from simam_jax import checkpoints
 
     if args.model is None:
         raise errors.UserError("Say which network the file is of, with --model (such as --model resnet50).")
@@ -385,7 +385,7 @@ def _torch_to_workdir(args: argparse.Namespace) -> None:
 
 
 def _workdir_to_torch(args: argparse.Namespace) -> None:
-    from simam_jax.training import checkpoints
+    from simam_jax import checkpoints
 
     spec = checkpoints.read_meta(args.source)["model"]
     _, variables = checkpoints.load(args.source)

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from simam_jax import errors
+from simam_jax import checkpoints, errors
 from simam_jax.command_line import add_model_arguments, load_predictor
 from simam_jax.inference import Predictions, Predictor
 from simam_jax.preprocessing import MAX_PIXELS
-from simam_jax.training import checkpoints
 from simam_jax.visualize import TITLES, attention_weights, overlay
 
 MAX_BYTES = 20_000_000  # of an upload

@@ -16,10 +16,9 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from PIL import Image
 
-from simam_jax import convert, errors
-from simam_jax.data import on_device
+from simam_jax import checkpoints, convert, errors
+from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import ImageLike, Preprocessing, of_original
-from simam_jax.training import checkpoints
 
 _AHEAD = 2  # batches on their way through the device while the next images are read
 
@@ -205,7 +204,7 @@ class Predictor:
     def normalized(self, pixels: ArrayLike) -> jax.Array:
         """uint8 (N, image_size, image_size, 3) to float32, as `model.apply` takes images."""
         how = self.preprocessing
-        return on_device.normalize(jnp.asarray(pixels), how.mean, how.std)
+        return normalize(jnp.asarray(pixels), how.mean, how.std)
 
 
 def _stored(meta: checkpoints.Meta) -> Preprocessing | None:

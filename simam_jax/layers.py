@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from simam_jax.convolution import convolve
 from simam_jax.errors import UserError
-from simam_jax.moments import Moments, at_least_float32, moments
+from simam_jax.ops.convolution import convolve
+from simam_jax.ops.moments import Moments, at_least_float32, moments
 
 Initializer = Callable[..., jax.Array]
 

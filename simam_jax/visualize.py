@@ -21,7 +21,7 @@ from simam_jax import errors
 from simam_jax.command_line import add_model_arguments, exit_code, find_images, load_predictor, skip
 from simam_jax.inference import Predictor
 from simam_jax.layers import at_least_float32
-from simam_jax.training.progress import Progress
+from simam_jax.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,8 @@ import pytest
 from processes import wait_for
 
 import simam_jax
-from simam_jax import UserError
-from simam_jax.training import checkpoints
-from simam_jax.training.checkpoints import Checkpoints
+from simam_jax import UserError, checkpoints
+from simam_jax.checkpoints import Checkpoints
 from simam_jax.training.state import create_state, init_variables
 from simam_jax.training.step import whole_on
 

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from simam_jax import convolution
-from simam_jax.convolution import convolve
+from simam_jax.ops import convolution
+from simam_jax.ops.convolution import convolve
 
 
 def taps(x, size, stride, padding, result):

@@ -24,8 +24,8 @@ from trained import preprocessing, variables_of, write_workdir
 
 import simam_jax
 from simam_jax import demo
-from simam_jax.data import on_device
 from simam_jax.inference import Predictor
+from simam_jax.ops.images import normalize
 
 pytestmark = pytest.mark.slow
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0])
@@ -97,7 +97,7 @@ def test_an_image_gets_its_top_five_and_where_the_attention_is(address, predicto
     np.testing.assert_allclose([entry["probability"] for entry in seen["top"]], [p for _, p in expected], rtol=1e-4)
 
     pixels = predictor.preprocessing(PHOTOGRAPH)
-    images = on_device.normalize(pixels[None], predictor.preprocessing.mean, predictor.preprocessing.std)
+    images = normalize(pixels[None], predictor.preprocessing.mean, predictor.preprocessing.std)
     apply = jax.jit(predictor.model.apply, static_argnames="mutable")
     _, state = apply(predictor.variables, images, mutable="intermediates")
     heat = np.asarray(state["intermediates"]["layer3_2"]["attention"]["weights"][0]).mean(-1)[0]

@@ -9,11 +9,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import simam_jax
-from simam_jax import predict
-from simam_jax.data import on_device
+from simam_jax import checkpoints, predict
 from simam_jax.inference import Predictor
+from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
-from simam_jax.training import checkpoints
 from simam_jax.training.state import init_variables
 
 SPEC = {"name": "cifar_resnet20", "num_classes": 7, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
@@ -85,7 +84,7 @@ def test_probabilities_are_those_of_the_bare_network(predictor, folder):
     paths = sorted(folder.glob("*.*"))
     result = predictor(paths)
     pixels = np.stack([SMALL(path) for path in paths])
-    logits = predictor.model.apply(predictor.variables, on_device.normalize(pixels, SMALL.mean, SMALL.std))
+    logits = predictor.model.apply(predictor.variables, normalize(pixels, SMALL.mean, SMALL.std))
     np.testing.assert_allclose(result.probabilities, jax.nn.softmax(logits), rtol=1e-5)
     (name, probability), second = result.top(2)[0]
     assert name == NAMES[int(logits[0].argmax())]

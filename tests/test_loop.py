@@ -10,9 +10,9 @@ from processes import pictures
 
 import simam_jax
 from configs import base, digits_resnet20_simam
-from simam_jax import data
+from simam_jax import checkpoints, data
 from simam_jax.models.network import variable_shapes
-from simam_jax.training import checkpoints, evaluation, loop, setup
+from simam_jax.training import evaluation, loop, setup
 from simam_jax.training.state import create_state
 from simam_jax.training.step import make_train_step, split_over
 

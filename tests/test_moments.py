@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simam_jax.moments import moments
+from simam_jax.ops.moments import moments
 
 AXES = 1, 2
 

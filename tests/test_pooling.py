@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simam_jax.pooling import halve, max_pool
+from simam_jax.ops.pooling import halve, max_pool
 
 
 def test_pooling_of_odd_maps():

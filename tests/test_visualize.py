@@ -13,11 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import simam_jax
-from simam_jax import models, visualize
+from simam_jax import checkpoints, models, visualize
 from simam_jax.inference import Predictor
 from simam_jax.models.blocks import BasicBlock
 from simam_jax.models.resnet import ResNet
-from simam_jax.training import checkpoints
 from simam_jax.training.state import init_variables
 
 pytestmark = pytest.mark.slow

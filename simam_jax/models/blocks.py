@@ -13,8 +13,8 @@ from flax import linen as nn
 
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite
 from simam_jax.layers import BatchNorm, Conv, Dropout, Initializer, Linear, he_normal, relu
-from simam_jax.pooling import halve
-from simam_jax.simam_norm import Activation, simam_then_normalise
+from simam_jax.ops.pooling import halve
+from simam_jax.ops.simam_norm import Activation, simam_then_normalise
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jax.export import is_symbolic_dim
 
 from simam_jax.errors import UserError
 from simam_jax.models.blocks import Layers
-from simam_jax.parts import in_parts, part_size
-from simam_jax.pooling import global_average
+from simam_jax.ops.parts import in_parts, part_size
+from simam_jax.ops.pooling import global_average
 
 Outputs = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from simam_jax.layers import Initializer, he_normal
 from simam_jax.models.blocks import Layers
 from simam_jax.models.network import Network, Outputs
-from simam_jax.pooling import max_pool
+from simam_jax.ops.pooling import max_pool
 
 
 class ResNet(Network, kw_only=True):

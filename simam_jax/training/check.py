@@ -7,10 +7,10 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from simam_jax import data
+from simam_jax import checkpoints, data
+from simam_jax.progress import duration
 from simam_jax.summary import summarize
-from simam_jax.training import checkpoints, prefetch, setup
-from simam_jax.training.progress import duration
+from simam_jax.training import prefetch, setup
 from simam_jax.training.step import make_train_step
 
 TIMED_STEPS = 4

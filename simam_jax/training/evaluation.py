@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from simam_jax import data
-from simam_jax.training import checkpoints, metrics, prefetch, setup
-from simam_jax.training.progress import Progress
+from simam_jax import checkpoints, data
+from simam_jax.progress import Progress
+from simam_jax.training import metrics, prefetch, setup
 from simam_jax.training.state import Tree
 from simam_jax.training.step import make_eval_step, whole_on
 

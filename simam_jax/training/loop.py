@@ -9,13 +9,13 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from simam_jax import data, errors
-from simam_jax.training import checkpoints, distributed, interruption, metrics, prefetch, setup
+from simam_jax import checkpoints, data, errors
+from simam_jax.progress import Progress, duration
+from simam_jax.training import distributed, interruption, metrics, prefetch, setup
 from simam_jax.training.evaluation import describe, evaluate
 from simam_jax.training.meter import Meter
 from simam_jax.training.pictures import AttentionPicture
 from simam_jax.training.profile import Profiler
-from simam_jax.training.progress import Progress, duration
 from simam_jax.training.step import make_eval_step, make_train_step
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simam_jax import data, visualize
-from simam_jax.data import on_device
+from simam_jax.ops.images import normalize
 from simam_jax.training.setup import Run
 from simam_jax.training.state import Tree
 
@@ -32,7 +32,7 @@ class AttentionPicture:
         if not self._active:
             return {}
         how, model = self._run.config.data, self._run.model
-        images = on_device.normalize(jnp.asarray(self._pixels), how.mean, how.std, model.dtype)
+        images = normalize(jnp.asarray(self._pixels), how.mean, how.std, model.dtype)
         local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
         weights = visualize.attention_weights(model, local, images)
         return {"attention": visualize.render(visualize.attention_figure(self._pixels, weights))[None]}

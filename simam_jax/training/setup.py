@@ -14,9 +14,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simam_jax import convert, data, errors, models
+from simam_jax import checkpoints, convert, data, errors, models
 from simam_jax.preprocessing import Preprocessing
-from simam_jax.training import checkpoints
 from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
 from simam_jax.training.state import TrainState, Tree, create_state, init_variables
 from simam_jax.training.step import AXIS, check_divisible, make_mesh, whole_on

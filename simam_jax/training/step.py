@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from simam_jax import errors
-from simam_jax.data import on_device
+from simam_jax.classification import mixing
+from simam_jax.ops.images import normalize
 from simam_jax.training.optimizer import Schedule
 from simam_jax.training.state import TrainState, Tree
 
@@ -122,11 +123,11 @@ def make_train_step(
         labels = batch["label"]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         mix_key, dropout_key = jax.random.split(key)
-        images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
+        images = normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), config.label_smoothing)
         if config.mixup_alpha or config.cutmix_alpha:
             index = jax.lax.axis_index(AXIS) * labels.shape[0] + jnp.arange(labels.shape[0])
-            images, targets = on_device.mix(
+            images, targets = mixing.mix(
                 mix_key, index, images, targets, mixup_alpha=config.mixup_alpha, cutmix_alpha=config.cutmix_alpha
             )
 
@@ -161,7 +162,7 @@ def make_eval_step(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Callable
     """The jitted `step(variables, batch) -> sums` of `count`, `loss`, `top1`, `top5` over the images with `mask` set."""
 
     def device_step(variables: Tree, batch: Batch) -> Metrics:
-        images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
+        images = normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
         logits: Any = model.apply(variables, images, train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jax.lax.psum(count_correct(logits, batch["label"], losses, batch["mask"] > 0), AXIS)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from simam_jax.layers import at_least_float32
-from simam_jax.windows import overlapping
+from simam_jax.ops.windows import overlapping
 
 
 @jax.custom_jvp

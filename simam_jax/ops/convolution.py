@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from simam_jax.once import once
-from simam_jax.parts import in_parts, part_size
-from simam_jax.winograd import convolve_3x3
+from simam_jax.ops.once import once
+from simam_jax.ops.parts import in_parts, part_size
+from simam_jax.ops.winograd import convolve_3x3
 
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
 

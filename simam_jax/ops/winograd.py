@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simam_jax.windows import overlapping
+from simam_jax.ops.windows import overlapping
 
 Arrays = Sequence[jax.Array]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from simam_jax.data import on_device
+from simam_jax.classification import mixing
+from simam_jax.ops.images import normalize
 
 N, SIZE = 512, 16
 KEY = jax.random.key(0)
@@ -16,16 +17,16 @@ TARGETS = jax.nn.one_hot(INDEX % 2, 2)
 
 
 def mixed(**alphas):
-    return on_device.mix(KEY, INDEX, IMAGES, TARGETS, **{"mixup_alpha": 0.0, "cutmix_alpha": 0.0, **alphas})
+    return mixing.mix(KEY, INDEX, IMAGES, TARGETS, **{"mixup_alpha": 0.0, "cutmix_alpha": 0.0, **alphas})
 
 
 def test_normalize():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    out = jax.jit(lambda x: on_device.normalize(x, mean, std))(pixels)
+    out = jax.jit(lambda x: normalize(x, mean, std))(pixels)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, (pixels / 255.0 - mean) / std, atol=2e-6)
-    assert on_device.normalize(pixels, mean, std, jnp.bfloat16).dtype == jnp.bfloat16
+    assert normalize(pixels, mean, std, jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_without_alphas_nothing_happens():
@@ -77,7 +78,7 @@ def test_draws_do_not_depend_on_the_number_of_devices():
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
         rows = PartitionSpec("data")
         step = jax.shard_map(
-            lambda key, *args: on_device.mix(key, *args, mixup_alpha=0.4, cutmix_alpha=1.0),
+            lambda key, *args: mixing.mix(key, *args, mixup_alpha=0.4, cutmix_alpha=1.0),
             mesh=mesh,
             in_specs=(PartitionSpec(), rows, rows, rows),
             out_specs=(rows, rows),
@@ -90,4 +91,4 @@ def test_draws_do_not_depend_on_the_number_of_devices():
 
 def test_an_odd_number_of_images_is_an_error():
     with pytest.raises(ValueError, match="not 3"):
-        on_device.mix(KEY, INDEX[:3], IMAGES[:3], TARGETS[:3], mixup_alpha=0.2, cutmix_alpha=0.0)
+        mixing.mix(KEY, INDEX[:3], IMAGES[:3], TARGETS[:3], mixup_alpha=0.2, cutmix_alpha=0.0)
