@@ -11,7 +11,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from simam_jax import errors, huge_pages
+from configs import base
+from simam_jax import errors
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT=VALUE."
@@ -34,12 +35,14 @@ def main(argv: Sequence[str]) -> None:
         raise errors.UserError(f"Unexpected {' '.join(argv[1:])!r}: settings are given as --config.FIELD=VALUE.")
     if not flags.FLAGS["verbosity"].present:  # --verbosity=0 shows what the libraries say
         logging.set_verbosity(logging.WARNING)
+    from simam_jax.tasks import make_task
     from simam_jax.training import check, distributed, evaluation, loop
 
     modes = {"train": loop.train, "eval": evaluation.evaluate_checkpoint, "check": check.check}
     config = CONFIG.value
-    with distributed.joined(config.distributed):
-        modes[MODE.value](config, WORKDIR.value)
+    base.check(config)
+    with distributed.multi_process(config.distributed):
+        modes[MODE.value](config, WORKDIR.value, make_task)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -57,5 +60,4 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    huge_pages.ask()
     errors.run_cli(lambda: app.run(main, flags_parser=parse))

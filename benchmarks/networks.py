@@ -1,5 +1,7 @@
 """The contestants of `train_step` and `inference`: our networks, and PyTorch's, eager and compiled, channels last."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,9 @@ from jax.typing import ArrayLike
 import simam_jax
 from benchmarks.measure import Run
 from configs import base
+from simam_jax import models
+from simam_jax.classification import task
+from simam_jax.task import AXIS
 from simam_jax.training import optimizer, state
 from simam_jax.training import step as steps
 
@@ -28,7 +33,7 @@ def train_step_on(mesh: Mesh, name: str, attention: str, count: int, dtype: str 
     """The update of `train.py`, its model, and what makes a state of variables: `step(make_state(variables), batch)`."""
     config = base.get_config()
     config.batch_size, config.model.bn_group_size = count, 0
-    model = simam_jax.create_model(name, num_classes=1000, attention=attention, axis_name=steps.AXIS, dtype=dtype)
+    model = simam_jax.create_model(name, num_classes=1000, attention=attention, axis_name=AXIS, dtype=dtype)
 
     def rate(_step: ArrayLike) -> jax.Array:
         return jnp.asarray(0.1)
@@ -38,15 +43,16 @@ def train_step_on(mesh: Mesh, name: str, attention: str, count: int, dtype: str 
     def make_state(variables: state.Tree) -> state.TrainState:
         return state.create_state(variables, sgd, seed=0, ema=False)
 
-    return steps.make_train_step(model, sgd, rate, config, mesh), model, make_state
+    loss = partial(task.loss, model, config)
+    return steps.make_train_step(loss, sgd, rate, mesh), model, make_state
 
 
 def compiled_train_step(name: str, attention: str, count: int, size: int):
     """The same compiled for the devices of this machine, with its state and batch on them."""
     mesh = steps.make_mesh()
     step, model, make_state = train_step_on(mesh, name, attention, count)
-    train_state = jax.device_put(make_state(state.init_variables(model, jax.random.key(0))), steps.whole_on(mesh))
-    batch = jax.device_put(batch_of(count, size), steps.split_over(mesh))
+    train_state = jax.device_put(make_state(models.init_variables(model, jax.random.key(0))), steps.replicated(mesh))
+    batch = jax.device_put(batch_of(count, size), steps.batch_sharded(mesh))
     return step.lower(train_state, batch).compile(), train_state, batch
 
 
@@ -63,7 +69,7 @@ def our_training(name: str, attention: str, count: int, size: int) -> Run:
 
 def our_inference(name: str, attention: str, count: int, size: int) -> Run:
     model = simam_jax.create_model(name, num_classes=1000, attention=attention)
-    variables = state.init_variables(model, jax.random.key(0))
+    variables = models.init_variables(model, jax.random.key(0))
     images = jax.device_put(batch_of(count, size)["image"].astype(np.float32) / 255)
     apply = jax.jit(model.apply)
     return lambda: jax.block_until_ready(apply(variables, images))

@@ -16,8 +16,8 @@ import simam_jax
 from benchmarks import measure
 from simam_jax.errors import run_cli
 from simam_jax.inference import Predictor
+from simam_jax.models import init_variables
 from simam_jax.preprocessing import of_original
-from simam_jax.training.state import init_variables
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def _compiled(name: str, attention: str, batch_size: int):
     def placed(tree, sharding):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
-    arguments = placed(train_state, steps.whole_on(mesh)), placed(batch, steps.split_over(mesh))
+    arguments = placed(train_state, steps.replicated(mesh)), placed(batch, steps.batch_sharded(mesh))
     return step.lower(*arguments).compile()
 
 

@@ -25,9 +25,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.randaugment_layers = 2
     config.data.randaugment_magnitude = 9.0
     config.data.random_erasing = 0.1
-    config.label_smoothing = 0.1
-    config.mixup_alpha = 0.2
-    config.cutmix_alpha = 1.0
+    config.classification.label_smoothing = 0.1
+    config.classification.mixup_alpha = 0.2
+    config.classification.cutmix_alpha = 1.0
     config.ema_decay = 0.9999
 
     config.schedule.name = "cosine"

@@ -8,9 +8,9 @@ from simam_jax.errors import UserError
 from simam_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
-    from simam_jax.checkpoints import load
     from simam_jax.convert import load_torch
     from simam_jax.inference import Predictor
+    from simam_jax.weights import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 # Loaded on first use: what they import takes longer than the rest together.
 _LAZY = {
     "Predictor": "simam_jax.inference",
-    "load": "simam_jax.checkpoints",
+    "load": "simam_jax.weights",
     "load_torch": "simam_jax.convert",
 }
 

@@ -381,14 +381,14 @@ def _torch_to_workdir(args: argparse.Namespace) -> None:
         "attention_param": model.attention_param,
         "dtype": model.dtype.name,
     }
-    checkpoints.save_weights(dest, spec, variables)
+    checkpoints.write_weights(dest, {"task": "classification", "model": spec}, variables)
 
 
 def _workdir_to_torch(args: argparse.Namespace) -> None:
-    from simam_jax import checkpoints
+    from simam_jax import checkpoints, weights
 
     spec = checkpoints.read_meta(args.source)["model"]
-    _, variables = checkpoints.load(args.source)
+    _, variables = weights.load(args.source)
     prefix = "module." if args.module_prefix else ""
     write_state(to_torch(variables, spec["name"], attention=spec["attention"], prefix=prefix), args.dest)
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from PIL import Image
 
-from simam_jax import checkpoints, convert, errors
+from simam_jax import checkpoints, convert, errors, weights
 from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import ImageLike, Preprocessing, of_original
 
@@ -124,7 +124,7 @@ class Predictor:
             asked, name = name, str(meta["model"]["name"])
             if asked not in (None, name):
                 raise errors.UserError(f"The checkpoint {path} is of {name}, not of {asked}.")
-            model, variables = checkpoints.load(path, ema=ema)
+            model, variables = weights.load(path, ema=ema)
         if preprocessing is None:
             preprocessing = _stored(meta) or of_original(name)
         if class_names is None:

@@ -28,14 +28,16 @@ SMALL = {  # 30 updates of a network on 8x8 images: a second of work
 class Run:
     """A `python train.py` of the digits recipe, made small; its output is read as it comes."""
 
-    def __init__(self, workdir: Path, cache: Path, *, mode="train", devices=1, size_limit=0, **changes):
+    def __init__(
+        self, workdir: Path, cache: Path, *, program="train.py", mode="train", devices=1, size_limit=0, **changes
+    ):
         settings = (
             SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
         )
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
         command = [
             sys.executable,
-            "train.py",
+            program,
             "--config",
             "configs/digits_resnet20_simam.py",
             "--workdir",
@@ -45,7 +47,13 @@ class Run:
         self.process = subprocess.Popen(
             [*limit, *command, "--mode", mode, *flags],
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"},
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONPATH": str(ROOT),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,13 +10,14 @@ from processes import pictures
 
 import simam_jax
 from configs import base, digits_resnet20_simam
-from simam_jax import checkpoints, data
-from simam_jax.models.network import variable_shapes
-from simam_jax.training import evaluation, loop, setup
+from simam_jax import checkpoints
+from simam_jax.tasks import make_task
+from simam_jax.training import evaluation, loop
+from simam_jax.training.run import build, initial_state
 from simam_jax.training.state import create_state
-from simam_jax.training.step import make_train_step, split_over
+from simam_jax.training.step import batch_sharded
 
-RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base"))
+RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base", "fields"))
 
 
 def small(**changes):
@@ -57,7 +58,7 @@ def small(**changes):
 )
 def test_a_wrong_setting_is_one_message(changes, message, tmp_path):
     with pytest.raises(simam_jax.UserError, match=message):
-        loop.train(small(**changes), str(tmp_path))
+        loop.train(small(**changes), str(tmp_path), make_task)
     assert not list(tmp_path.rglob("*.orbax*"))
 
 
@@ -77,14 +78,14 @@ def test_what_follows_a_recipe_s_name_chooses_the_model():
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     changes = {"num_steps": 9, "schedule.learning_rate": 1e30, "schedule.warmup_epochs": 0.0, "log_every_steps": 9}
     with pytest.raises(simam_jax.UserError, match=r"In update \d the loss is .*learning_rate.*no checkpoint yet"):
-        loop.train(small(**changes), str(tmp_path))
+        loop.train(small(**changes), str(tmp_path), make_task)
     assert checkpoints.newest_step(checkpoints.folder(tmp_path)) is None
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
-    loop.train(small(visualize_every_epochs=1 / 1600), str(workdir))  # each update
+    loop.train(small(visualize_every_epochs=1 / 1600), str(workdir), make_task)  # each update
     return workdir
 
 
@@ -99,20 +100,19 @@ def test_the_attention_is_drawn_for_tensorboard(trained):
 def test_a_workdir_of_another_model_is_refused_and_stays(trained):
     for mode in (loop.train, evaluation.evaluate_checkpoint):
         with pytest.raises(simam_jax.UserError, match="of another model"):
-            mode(small(**{"model.attention": "none"}), str(trained))
+            mode(small(**{"model.attention": "none"}), str(trained), make_task)
     assert checkpoints.newest_step(checkpoints.folder(trained)) == 2
 
 
 def test_fine_tuning_starts_from_the_weights_with_a_new_head_on_request(trained):
     _, variables = simam_jax.load(trained)
-    run = setup.build(small(init_from=str(trained)))
-    state = setup.initial_state(run)
+    state = initial_state(build(small(init_from=str(trained)), make_task))
     jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
     assert int(state.step) == 0
 
     other = small(init_from=str(trained), init_skip_head=True, seed=1)
-    fresh = setup.initial_state(setup.build(small(seed=1))).variables
-    state = setup.initial_state(setup.build(other))
+    fresh = initial_state(build(small(seed=1), make_task)).variables
+    state = initial_state(build(other, make_task))
     body = {name: value for name, value in state.variables["params"].items() if name != "fc"}
     jax.tree.map(np.testing.assert_array_equal, body, {name: variables["params"][name] for name in body})
     jax.tree.map(np.testing.assert_array_equal, state.variables["params"]["fc"], fresh["params"]["fc"])
@@ -120,7 +120,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head_on_request(trained)
 
 def test_weights_that_do_not_fit_are_listed(trained):
     with pytest.raises(simam_jax.UserError, match=r"do not fit cifar_resnet32.*missing batch_stats/layer1_3.*more"):
-        setup.initial_state(setup.build(small(init_from=str(trained), **{"model.name": "cifar_resnet32"})))
+        initial_state(build(small(init_from=str(trained), **{"model.name": "cifar_resnet32"}), make_task))
 
 
 def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
@@ -129,7 +129,7 @@ def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
     _, variables = simam_jax.load(trained)
     path = tmp_path / "original.npz"
     write_state(to_torch(variables, "cifar_resnet20"), path)
-    state = setup.initial_state(setup.build(small(init_from=str(path))))
+    state = initial_state(build(small(init_from=str(path)), make_task))
     jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
 
 
@@ -138,18 +138,15 @@ def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe):
     """At full size, traced and not run."""
     config = importlib.import_module(f"configs.{recipe}").get_config()
     config.update_from_flattened_dict({"data.source": "synthetic", "compilation_cache_dir": ""})
-    run = setup.build(config)
-    step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
-    size, count = config.data.image_size, config.batch_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((count, size, size, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((count,), np.int32),
-    }
+    base.check(config)
+    run = build(config, make_task)
+    (row,) = run.task.example
+    batch = {name: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype) for name, x in row.items()}
     ema = bool(config.ema_decay)
-    state = jax.eval_shape(lambda v: create_state(v, run.optimizer, seed=0, ema=ema), variable_shapes(run.model))
-    after, values = jax.eval_shape(step, state, batch)
+    state = jax.eval_shape(lambda v: create_state(v, run.optimizer, seed=0, ema=ema), run.task.shapes())
+    after, values = jax.eval_shape(run.train_step(), state, batch)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after))
-    assert values["loss"].dtype == np.float32
+    assert values["scalars"]["loss"].dtype == np.float32
 
 
 @pytest.mark.slow  # ten large programs to compile
@@ -158,13 +155,12 @@ def test_an_update_of_every_recipe_at_a_small_size(recipe):
     config = importlib.import_module(f"configs.{recipe}").get_config()
     small = {"data.source": "synthetic", "data.image_size": 32, "batch_size": 16, "model.bn_group_size": 4}
     config.update_from_flattened_dict(small | {"compilation_cache_dir": ""})
-    run = setup.build(config)
-    state = setup.initial_state(run)
+    run = build(config, make_task)
+    state = initial_state(run)
     before = jax.device_get(state.variables["params"])
-    stream = data.train_batches(config.data, seed=0, start_step=0, global_batch_size=config.batch_size)
-    step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
-    for batch, _ in zip(stream, range(2), strict=False):  # the rate of a warm-up may begin at zero
-        state, values = step(state, jax.device_put(batch, split_over(run.mesh)))
-    assert np.isfinite(values["loss"])
+    step = run.train_step()
+    for batch, _ in zip(run.task.train_batches(0), range(2), strict=False):  # the rate of a warm-up may begin at zero
+        state, values = step(state, jax.device_put(batch, batch_sharded(run.mesh)))
+    assert np.isfinite(values["scalars"]["loss"])
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.variables["params"]))
     assert jax.tree.all(moved)

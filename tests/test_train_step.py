@@ -10,18 +10,13 @@ import pytest
 
 import simam_jax
 from configs import base
-from simam_jax.training import metrics
+from simam_jax.classification import task
+from simam_jax.classification.metrics import hits
+from simam_jax.models import init_variables
+from simam_jax.task import AXIS, MeanEvaluator
 from simam_jax.training.optimizer import sgd
-from simam_jax.training.state import create_state, init_variables
-from simam_jax.training.step import (
-    AXIS,
-    check_divisible,
-    count_correct,
-    make_eval_step,
-    make_train_step,
-    split_over,
-    whole_on,
-)
+from simam_jax.training.state import create_state
+from simam_jax.training.step import batch_sharded, check_divisible, make_eval_step, make_train_step, replicated
 
 BATCH = 16
 
@@ -40,6 +35,18 @@ def random_batch(seed: int, size: int = BATCH) -> dict[str, np.ndarray]:
     return {"image": images, "label": rng.integers(0, 10, size, dtype=np.int32)}
 
 
+def train_step(model, optimizer, config, mesh, trainable=lambda _path: True):
+    return make_train_step(
+        functools.partial(task.loss, model, config),
+        optimizer,
+        lambda _: 0.1,
+        mesh,
+        trainable=trainable,
+        micro_batches=config.optimizer.grad_accum_steps,
+        ema_decay=config.ema_decay,
+    )
+
+
 @functools.cache
 def fresh_variables(tiny_network, dtype):
     return jax.device_get(init_variables(tiny_network(dtype), jax.random.key(0)))
@@ -51,20 +58,27 @@ def run(tiny_network, mesh, config, *, steps=3, dtype="float64", reorder=None):
     model = tiny_network(dtype, bn_group_size=config.model.bn_group_size, axis_name=AXIS)
     optimizer = sgd(config.optimizer, lambda _: 0.1)
     variables = fresh_variables(tiny_network, dtype)
-    state = jax.device_put(create_state(variables, optimizer, seed=0, ema=bool(config.ema_decay)), whole_on(mesh))
-    step = make_train_step(model, optimizer, lambda _: 0.1, config, mesh)
+    state = jax.device_put(create_state(variables, optimizer, seed=0, ema=bool(config.ema_decay)), replicated(mesh))
+    step = train_step(model, optimizer, config, mesh)
     history = []
     for seed in range(steps):
         batch = random_batch(seed)
         if reorder is not None:
             batch = {name: x[reorder] for name, x in batch.items()}
-        state, values = step(state, jax.device_put(batch, split_over(mesh)))
+        state, values = step(state, jax.device_put(batch, batch_sharded(mesh)))
         history.append(jax.device_get(values))
     return history, jax.device_get(state)
 
 
 def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+MIXED = {
+    "classification.mixup_alpha": 0.4,
+    "classification.cutmix_alpha": 1.0,
+    "classification.label_smoothing": 0.1,
+}
 
 
 @pytest.mark.usefixtures("x64")
@@ -74,7 +88,7 @@ def assert_close(a, b, **tolerance):
         {"model.bn_group_size": BATCH},  # synchronised
         {"model.bn_group_size": 4},  # two devices share a statistic where there are eight
         {"model.bn_group_size": 4, "optimizer.grad_accum_steps": 2, "ema_decay": 0.5},
-        {"model.bn_group_size": 8, "mixup_alpha": 0.4, "cutmix_alpha": 1.0, "label_smoothing": 0.1},
+        {"model.bn_group_size": 8, **MIXED},
     ],
 )
 def test_eight_devices_equal_one(changes, tiny_network, mesh_of):
@@ -88,7 +102,7 @@ def test_synchronised_batch_norm_in_float32_is_the_same_on_eight_devices(tiny_ne
     config = settings(**{"model.bn_group_size": BATCH})
     one, _ = run(tiny_network, mesh_of(1), config, dtype="float32", steps=4)
     eight, _ = run(tiny_network, mesh_of(8), config, dtype="float32", steps=4)
-    np.testing.assert_allclose([v["loss"] for v in one], [v["loss"] for v in eight], rtol=1e-5)
+    np.testing.assert_allclose([v["scalars"]["loss"] for v in one], [v["scalars"]["loss"] for v in eight], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -115,10 +129,10 @@ def test_gradients_meet_in_one_all_reduce_and_the_state_is_donated(tiny_network,
     model = tiny_network(axis_name=AXIS)
     optimizer = sgd(config.optimizer, lambda _: 0.1)
     state = jax.device_put(
-        create_state(init_variables(model, jax.random.key(0)), optimizer, seed=0, ema=False), whole_on(mesh)
+        create_state(init_variables(model, jax.random.key(0)), optimizer, seed=0, ema=False), replicated(mesh)
     )
-    batch = jax.device_put(random_batch(0), split_over(mesh))
-    text = make_train_step(model, optimizer, lambda _: 0.1, config, mesh).lower(state, batch).compile().as_text()
+    batch = jax.device_put(random_batch(0), batch_sharded(mesh))
+    text = train_step(model, optimizer, config, mesh).lower(state, batch).compile().as_text()
     assert 1 <= text.count(" all-reduce(") <= 2
     assert "input_output_alias" in text
 
@@ -139,43 +153,76 @@ def test_the_losses_of_the_original_s_updates(mesh_of):
     model, variables = from_torch(golden_state(case["state_dict"]), "cifar_resnet20", dtype="float64")
     model = model.clone(axis_name=AXIS)
     mesh = mesh_of(1)
-    state = jax.device_put(create_state(variables, optimizer, seed=0, ema=False), whole_on(mesh))
-    step = make_train_step(model, optimizer, lambda _: rate, config, mesh)
+    state = jax.device_put(create_state(variables, optimizer, seed=0, ema=False), replicated(mesh))
+    step = train_step(model, optimizer, config, mesh)
     losses = []
     for s in range(len(case["sgd_losses"])):
         images, rng = golden_images(case, seed=500 + s)
         labels = rng.integers(0, case["num_classes"], case["batch"]).astype(np.int32)
         state, values = step(state, {"image": images, "label": labels})
-        losses.append(float(values["loss"]) / case["batch"])
+        losses.append(float(values["scalars"]["loss"]))
     np.testing.assert_allclose(losses, case["sgd_losses"], rtol=1e-7)
 
 
-def test_evaluation_counts_every_real_example_once(tiny_network, mesh_of):
+def test_the_measures_of_an_evaluation_batch_are_those_of_its_images(tiny_network, mesh_of):
     mesh, config = mesh_of(8), settings()
     model = tiny_network()
     variables = init_variables(model, jax.random.key(1))
     batch = random_batch(5)
-    real = 11
-    mask = (np.arange(BATCH) < real).astype(np.float32)
-    step = make_eval_step(model, config, mesh)
-    sums = step(jax.device_put(variables, whole_on(mesh)), jax.device_put(batch | {"mask": mask}, split_over(mesh)))
+    step = make_eval_step(functools.partial(task.measure, model, config), mesh)
+    outputs = jax.device_get(
+        step(jax.device_put(variables, replicated(mesh)), jax.device_put(batch, batch_sharded(mesh)))
+    )
 
-    images = (batch["image"][:real] / 255 - np.array(config.data.mean)) / np.array(config.data.std)
+    images = (batch["image"] / 255 - np.array(config.data.mean)) / np.array(config.data.std)
     logits = np.asarray(model.apply(variables, jnp.asarray(images, jnp.float32)))
     order = np.argsort(-logits, axis=1, kind="stable")
-    hits = order == batch["label"][:real, None]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"][:real])
-    expected = {"count": real, "loss": np.sum(losses), "top1": hits[:, :1].sum(), "top5": hits[:, :5].sum()}
-    assert_close(jax.device_get(sums), expected, rtol=1e-5)
-    scores = metrics.means([jax.device_get(sums)] * 2, "eval")
-    assert scores["eval/top5"] == pytest.approx(expected["top5"] / real)
+    found = order == batch["label"][:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    expected = {"loss": np.asarray(losses), "top1": found[:, 0], "top5": found[:, :5].any(1)}
+    assert_close(outputs, expected, rtol=1e-5)
+
+    evaluator = MeanEvaluator()
+    for rows in (slice(0, 11), slice(11, 16)):
+        evaluator.add({name: x[rows] for name, x in outputs.items()})
+    assert evaluator.scores()["top5"] == pytest.approx(expected["top5"].mean())
 
 
-def test_ties_rank_by_index_and_nan_is_never_correct():
-    logits = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [jnp.nan, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    labels, real = jnp.array([0, 1, 0, 2]), jnp.array([True, True, True, False])
-    sums = count_correct(logits, labels, jnp.zeros(4), real)
-    assert (sums["count"], sums["top1"], sums["top5"]) == (3, 1, 2)
+def test_ties_rank_by_index_and_nan_is_never_a_hit():
+    logits = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [jnp.nan, 0.0, 0.0]])
+    found = hits(logits, jnp.array([0, 1, 0]))
+    assert found["top1"].tolist() == [True, False, False]
+    assert found["top5"].tolist() == [True, True, False]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_frozen_parameters_have_no_gradient_no_optimizer_state_and_never_change(micro_batches, tiny_network, mesh_of):
+    """Those of the first stage, with an average of the variables and a decay that would move them."""
+
+    def trainable(path):
+        return not path[0].startswith("layer1")
+
+    mesh = mesh_of(2)
+    config = settings(**{"optimizer.weight_decay": 0.1, "ema_decay": 0.9, "optimizer.grad_accum_steps": micro_batches})
+    model, optimizer = tiny_network("float64", axis_name=AXIS), sgd(config.optimizer, lambda _: 0.1)
+    variables = fresh_variables(tiny_network, "float64")
+    state = create_state(variables, optimizer, seed=0, ema=True, trainable=trainable)
+    momentum = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
+    assert momentum
+    assert not [path for path in momentum if "layer1" in jax.tree_util.keystr(path)]
+    state = jax.device_put(state, replicated(mesh))
+    step = train_step(model, optimizer, config, mesh, trainable)
+    for seed in range(2):
+        state, values = step(state, jax.device_put(random_batch(seed), batch_sharded(mesh)))
+    moved = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)), jax.device_get(state.variables["params"]), variables["params"]
+    )
+    average = jax.tree.map(lambda a, b: bool(np.any(a != b)), jax.device_get(state.ema["params"]), variables["params"])
+    for tree in (moved, average):
+        for name, module in tree.items():
+            assert jax.tree.all(module) if trainable((name,)) else not any(jax.tree.leaves(module)), name
+    assert np.isfinite(values["scalars"]["grad_norm"])
 
 
 @pytest.mark.parametrize(
@@ -183,11 +230,17 @@ def test_ties_rank_by_index_and_nan_is_never_correct():
     [
         ({"batch_size": 30}, 8, "batch_size=30 does not divide over 8 devices.*such as 24 or 32"),
         ({"batch_size": 4}, 8, "multiple of 8, such as 8"),
-        ({"batch_size": 8, "mixup_alpha": 0.1}, 8, "pairs"),
+        ({"batch_size": 8, "classification.mixup_alpha": 0.1}, 8, "pairs"),
         ({"model.bn_group_size": 3}, 2, "Possible: 0 .*, 1, 2, 4, 8, 16"),
         ({"model.bn_group_size": 6}, 8, "Possible: 0 .*, 1, 2, 4, 8, 16"),
     ],
 )
 def test_what_cannot_be_divided_is_an_error_that_names_what_can(changes, devices, message):
+    config = settings(**changes)
+
+    def check():
+        check_divisible(config, devices)
+        task.check_groups(config, devices)
+
     with pytest.raises(simam_jax.UserError, match=message):
-        check_divisible(settings(**changes), devices)
+        check()

@@ -11,7 +11,7 @@ from simam_jax import errors
 from simam_jax.layers import he_normal, torch_uniform
 from simam_jax.models.blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 from simam_jax.models.mobilenet_v2 import MobileNetV2
-from simam_jax.models.network import Network
+from simam_jax.models.network import Network, init_variables, variable_shapes
 from simam_jax.models.preact_resnet import PreActResNet
 from simam_jax.models.resnet import ResNet
 
@@ -50,6 +50,8 @@ for _depth, (_basic, _bottleneck) in _CIFAR_DEPTHS.items():
             PreActResNet, block=PreActBottleneck, stage_sizes=3 * (_bottleneck,)
         ),
     }
+
+__all__ = ["ATTENTIONS", "MODELS", "create_model", "init_variables", "list_models", "variable_shapes"]
 
 ATTENTIONS = ("none", "simam", "se", "cbam")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -26,6 +26,13 @@ def variable_shapes(model: nn.Module) -> dict[str, Any]:
     return jax.eval_shape(model.init, jax.random.key(0), IMAGE)
 
 
+def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Freshly drawn variables of `model`."""
+    # On CPUs the optimiser of XLA's compiler spends seconds on every single draw; nothing is gained by it here.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(model.init, compiler_options=options)(key, jnp.zeros(IMAGE.shape, IMAGE.dtype))
+
+
 class Network(nn.Module, kw_only=True):
     """A classifier of images: `model.apply(variables, x, train=False, features=False)`.
 

@@ -3,34 +3,32 @@
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
 
-from simam_jax import checkpoints, data
 from simam_jax.progress import duration
-from simam_jax.summary import summarize
-from simam_jax.training import prefetch, setup
-from simam_jax.training.step import make_train_step
+from simam_jax.task import Task
+from simam_jax.training import prefetch
+from simam_jax.training.checkpointer import writable
+from simam_jax.training.run import build, initial_state
 
 TIMED_STEPS = 4
 
 
-def check(config: ConfigDict, workdir: str) -> None:
-    """Builds the model and the data, compiles the update, runs a few of them on real batches, prints the costs, stops.
+def check(config: ConfigDict, workdir: str, make_task: Callable[[ConfigDict], Task]) -> None:
+    """Builds the task, compiles the update, runs a few of them on real batches, prints the costs, stops.
 
     Nothing is written but the folder `workdir`, if it is not there yet.
 
     Raises:
         UserError: anything that would stop the run from starting.
     """
-    checkpoints.writable(workdir)
-    run = setup.build(config)
-    rows = {"model": f"{config.model.name}, attention {config.model.attention}, {run.data.num_classes} classes"}
-    totals = summarize(run.model, config.data.image_size)
-    rows["parameters"] = f"{totals.params / 1e6:.2f} M"
-    rows["FLOPs"] = f"{totals.flops / 1e9:.2f} G for one image of {config.data.image_size} pixels squared"
-    rows["data"] = f"{run.data.num_train} training and {run.data.num_eval} evaluation images"
+    writable(workdir)
+    run = build(config, make_task)
+    rows = dict(run.task.costs())
+    rows["data"] = f"{run.task.num_train} training and {run.task.num_eval} evaluation images"
     rows["devices"] = f"{run.mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es)"
     rows["batch"] = (
         f"{config.batch_size} images an update, {config.batch_size // run.mesh.size} on each device, "
@@ -40,14 +38,10 @@ def check(config: ConfigDict, workdir: str) -> None:
     for name, text in rows.items():
         print(f"{name:16} {text}", flush=True)
 
-    state = setup.initial_state(run)
-    batches = prefetch.to_devices(
-        data.train_batches(config.data, seed=config.seed, start_step=0, global_batch_size=config.batch_size),
-        run.mesh,
-        config.data.prefetch,
-    )
+    state = initial_state(run)
+    batches = prefetch.to_devices(run.task.train_batches(0), run.mesh, config.data.prefetch)
     batch = next(batches)
-    train_step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
+    train_step = run.train_step()
     began = time.monotonic()
     compiled = train_step.lower(state, batch).compile()
     print(f"{'compilation':16} {time.monotonic() - began:.1f} s", flush=True)

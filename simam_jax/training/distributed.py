@@ -19,7 +19,7 @@ STUCK = 3  # exit code of a process that gave up waiting
 
 
 @contextlib.contextmanager
-def joined(config: ConfigDict) -> Iterator[None]:
+def multi_process(config: ConfigDict) -> Iterator[None]:
     """Joins the other processes named by the `distributed` section for the body; does nothing where it names none.
 
     An error inside ends this process at once, so that the others notice, instead of waiting for them.

@@ -1,61 +1,89 @@
 """The whole evaluation set, every example once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from simam_jax import checkpoints, data
+from simam_jax import checkpoints
 from simam_jax.progress import Progress
-from simam_jax.training import metrics, prefetch, setup
-from simam_jax.training.state import Tree
-from simam_jax.training.step import make_eval_step, whole_on
+from simam_jax.task import Scores, Task, Tree
+from simam_jax.training import prefetch
+from simam_jax.training.run import Run, build
+from simam_jax.training.step import replicated
+
+ITEMS = {"eval": "variables", "eval_ema": "ema"}  # what is scored, and the item of a checkpoint that holds it
 
 
-def evaluate(
-    run: setup.Run, eval_step: Callable[..., Any], variables: Tree, prefix: str, progress: Progress
-) -> metrics.Scalars:
-    """`loss`, `top1` and `top5` (0..1) over the evaluation set, under `prefix/`."""
-    wanted = run.config.eval_batch_size or run.config.batch_size
-    size = -(-wanted // run.mesh.size) * run.mesh.size  # divides over the devices; what fills up is masked
-    batches = data.eval_batches(run.config.data, global_batch_size=size)
-    sums = []
-    for batch in prefetch.to_devices(batches, run.mesh, run.config.data.prefetch):
-        sums.append(eval_step(variables, batch))
-        progress.show(f"evaluating {min(len(sums) * size, run.data.num_eval)}/{run.data.num_eval}")
-    return metrics.means(jax.device_get(sums), prefix)
+def evaluate(run: Run, eval_step: Callable[..., Tree], variables: Tree, progress: Progress) -> Scores:
+    """The task's scores over the evaluation set."""
+    evaluator, done = run.task.evaluator(), 0
+    pending: list[tuple[Tree, jax.Array]] = []
+
+    def collect() -> None:
+        nonlocal done
+        outputs, real = _on_host(pending.pop(0))
+        rows = np.flatnonzero(real)
+        evaluator.add(jax.tree.map(lambda x: x[rows], outputs))
+        done += len(rows)
+        progress.show(f"evaluating {done}/{run.task.num_eval}")
+
+    for batch in prefetch.to_devices(run.task.eval_batches(), run.mesh, run.config.data.prefetch):
+        pending.append((eval_step(variables, batch), batch["mask"]))
+        if len(pending) > 1:  # the devices compute one batch while the host looks at the one before
+            collect()
+    while pending:
+        collect()
+    return evaluator.scores()
 
 
-def describe(scores: metrics.Scalars) -> str:
-    """The scores as a reader wants them."""
-    return "  ".join(
-        f"{name} top-1 {100 * scores[f'{name}/top1']:.2f} %, top-5 {100 * scores[f'{name}/top5']:.2f} %, "
-        f"loss {scores[f'{name}/loss']:.4f}"
-        for name in dict.fromkeys(key.partition("/")[0] for key in scores)
-    )
+def _on_host(tree: Tree) -> Tree:
+    """NumPy arrays of all hosts' rows."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
 
 
-def evaluate_checkpoint(config: ConfigDict, workdir: str) -> None:
+def prefixed(scores: Scores, prefix: str) -> Scores:
+    """The scores by their names in metrics: `eval/loss` for `loss`."""
+    return {f"{prefix}/{name}": value for name, value in scores.items()}
+
+
+def describe(task: Task, scores: Scores) -> str:
+    """Prefixed scores as a reader wants them."""
+    parts = []
+    for prefix in dict.fromkeys(name.rpartition("/")[0] for name in scores):
+        own = {
+            name.removeprefix(f"{prefix}/"): value for name, value in scores.items() if name.startswith(f"{prefix}/")
+        }
+        parts.append(f"{prefix} {task.describe(own)}")
+    return "  ".join(parts)
+
+
+def evaluate_checkpoint(config: ConfigDict, workdir: str, make_task: Callable[[ConfigDict], Task]) -> None:
     """Prints the scores of a checkpoint on the evaluation set of `config`.
 
     Args:
         config: says the data; its model must be the checkpoint's.
         workdir: a run's folder (its newest checkpoint), or a checkpoint in it.
+        make_task: from the config to what was learned.
 
     Raises:
         UserError: there is no readable checkpoint, or it is of another model.
     """
-    run = setup.build(config)
+    run = build(config, make_task)
     path = checkpoints.newest(workdir)
     progress = Progress(None)
-    progress.say(f"{path} on the {run.data.num_eval} images of {config.data.eval_split!r}")
-    items = {"eval": "variables", "eval_ema": "ema"}
+    progress.say(f"{path} on the {run.task.num_eval} images of {config.data.eval_split!r}")
+    like = run.task.shapes()
     held = checkpoints.read_meta(path)["layouts"]
-    eval_step = make_eval_step(run.model, config, run.mesh)
-    scores: metrics.Scalars = {}
-    for prefix, item in items.items():
+    eval_step = run.eval_step()
+    scores: Scores = {}
+    for prefix, item in ITEMS.items():
         if item in held:
-            _, variables = checkpoints.load(path, ema=item == "ema", model_spec=run.model_spec())
-            scores |= evaluate(run, eval_step, jax.device_put(variables, whole_on(run.mesh)), prefix, progress)
-    progress.say(describe(scores))
+            items, _ = checkpoints.read(path, {item: like}, run.task.spec)
+            variables = jax.device_put(items[item], replicated(run.mesh))
+            scores |= prefixed(evaluate(run, eval_step, variables, progress), prefix)
+    progress.say(describe(run.task, scores))

@@ -1,7 +1,7 @@
 """A run from its beginning, or from its last checkpoint, to its end."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +9,28 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from simam_jax import checkpoints, data, errors
+from simam_jax import errors
 from simam_jax.progress import Progress, duration
-from simam_jax.training import distributed, interruption, metrics, prefetch, setup
-from simam_jax.training.evaluation import describe, evaluate
+from simam_jax.task import Scores, Task
+from simam_jax.training import distributed, interruption, metrics, prefetch
+from simam_jax.training.checkpointer import Checkpointer, writable
+from simam_jax.training.evaluation import describe, evaluate, prefixed
 from simam_jax.training.meter import Meter
-from simam_jax.training.pictures import AttentionPicture
 from simam_jax.training.profile import Profiler
-from simam_jax.training.step import make_eval_step, make_train_step
+from simam_jax.training.run import Run, build, initial_state, plain
 
 
-def train(config: ConfigDict, workdir: str) -> None:
-    """Trains as `config` says, into `workdir`; continues what is there.
+def train(config: ConfigDict, workdir: str, make_task: Callable[[ConfigDict], Task]) -> None:
+    """Trains what `make_task(config)` describes, into `workdir`; continues what is there.
 
     SIGTERM and SIGINT save a checkpoint and end the run in good order.
 
     Raises:
         UserError: the config, the data or the workdir cannot be used, the loss is not finite, nothing can be written.
     """
-    folder = checkpoints.writable(workdir)
-    run = setup.build(config)
-    store = checkpoints.Checkpoints(
-        folder, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
-    )
+    folder = writable(workdir)
+    run = build(config, make_task)
+    store = Checkpointer(folder, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
     progress = Progress(folder)
     try:
         _train(run, folder, store, progress)
@@ -44,21 +43,21 @@ def train(config: ConfigDict, workdir: str) -> None:
         store.close()
 
 
-def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progress: Progress) -> None:
-    config, num_steps = run.config, run.num_steps
+def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> None:
+    config, task, num_steps = run.config, run.task, run.num_steps
 
     # ---- where to begin
     progress.say(
-        f"{config.model.name} (attention {config.model.attention}), {run.data.num_train} images, {num_steps} updates "
-        f"of {config.batch_size} images on {run.mesh.size} {jax.devices()[0].device_kind} device(s)"
+        f"{task.title}, {task.num_train} images, {num_steps} updates of {config.batch_size} images on "
+        f"{run.mesh.size} {jax.devices()[0].device_kind} device(s)"
     )
-    state = setup.initial_state(run)
-    restored = store.restore(state, run.model_spec())
+    state = initial_state(run)
+    restored = store.restore(state, task.spec)
     before, scores = 0.0, {}
     if restored:
         state, meta = restored
         before, scores = meta["elapsed_seconds"], meta["scores"]
-        _report_changes(meta["config"], setup.plain(config))
+        _report_changes(meta["config"], plain(config))
         progress.say(f"Continuing from {store.path(int(state.step))}")
     first = int(state.step)
     if first >= num_steps:
@@ -66,13 +65,12 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
         return
 
     # ---- the parts
-    train_step = make_train_step(run.model, run.optimizer, run.rate, config, run.mesh)
-    eval_step = make_eval_step(run.model, config, run.mesh)
-    stream = data.train_batches(config.data, seed=config.seed, start_step=first, global_batch_size=config.batch_size)
-    batches = prefetch.to_devices(stream, run.mesh, config.data.prefetch)
+    train_step = run.train_step()
+    eval_step = run.eval_step()
+    batches = prefetch.to_devices(task.train_batches(first), run.mesh, config.data.prefetch)
     eval_at, save_at = run.every(config.eval_every_epochs), run.every(config.checkpoint.every_epochs)
-    picture = AttentionPicture(run)
-    report_at = eval_at | save_at | picture.due
+    draw_at = run.every(config.visualize_every_epochs) if task.pictures and config.visualize_every_epochs else set()
+    report_at = eval_at | save_at | draw_at
     profiler = Profiler(config.profile_steps, folder)
     meter = Meter(run, first)
 
@@ -80,7 +78,7 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
     with (
         interruption.watched() as stop_requested,
         contextlib.closing(distributed.Watchdog(config.max_step_seconds)) as watchdog,
-        contextlib.closing(metrics.MetricWriter(folder, setup.plain(config))) as writer,
+        contextlib.closing(metrics.MetricWriter(folder, plain(config))) as writer,
     ):
         progress.show("compiling")
         for step in range(first + 1, num_steps + 1):
@@ -93,7 +91,8 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
             store.check()
             stop = stop_requested(step) and step < num_steps
 
-            if step % config.log_every_steps == 0 or step in report_at or stop:
+            log = config.log_every_steps and step % config.log_every_steps == 0
+            if log or step in report_at or stop:
                 scalars = meter.report(step, store.last_good)
                 writer.write(step, run.epochs_at(step), scalars)
                 progress.say(_line(run, step, scalars))
@@ -101,18 +100,18 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
                 progress.show(f"step {step}/{num_steps}  ETA {duration(meter.eta(step))}")
 
             if step in eval_at and not stop:
-                scores = evaluate(run, eval_step, state.variables, "eval", progress)
+                scores = prefixed(evaluate(run, eval_step, state.variables, progress), "eval")
                 if state.ema is not None:
-                    scores |= evaluate(run, eval_step, state.ema, "eval_ema", progress)
+                    scores |= prefixed(evaluate(run, eval_step, state.ema, progress), "eval_ema")
                 writer.write(step, run.epochs_at(step), scores)
-                progress.say(f"step {step}/{num_steps}  {describe(scores)}")
+                progress.say(f"step {step}/{num_steps}  {describe(task, scores)}")
                 watchdog.beat(step)
-            if step in picture.due:
-                writer.write_images(step, picture.draw(state.variables))
+            if step in draw_at and task.pictures and jax.process_index() == 0:
+                writer.write_images(step, task.pictures(_on_one_device(state.variables)))
             if step in save_at or stop:
-                top1 = scores.get("eval_ema/top1", scores["eval/top1"]) if step in eval_at and not stop else None
+                score = _best(task, scores) if step in eval_at and not stop else None
                 clock = {"elapsed_seconds": before + meter.seconds_since_start()}
-                store.save(state, run.meta() | clock | {"scores": scores}, top1)
+                store.save(state, run.meta() | clock | {"scores": scores}, score)
             if stop:
                 store.wait()
                 progress.say(
@@ -125,10 +124,20 @@ def _train(run: setup.Run, folder: Path, store: checkpoints.Checkpoints, progres
             progress.say(f"Finished. {_result(run, store, num_steps, scores, before + meter.seconds_since_start())}")
 
 
-def _line(run: setup.Run, step: int, scalars: metrics.Scalars) -> str:
+def _best(task: Task, scores: Scores) -> float:
+    """The score by which checkpoints are compared: the average's, where the run keeps one."""
+    return scores.get(f"eval_ema/{task.best}", scores[f"eval/{task.best}"])
+
+
+def _on_one_device(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def _line(run: Run, step: int, scalars: metrics.Scalars) -> str:
+    means = {name.removeprefix("train/"): x for name, x in scalars.items() if name.startswith("train/")}
     line = (
         f"step {step}/{run.num_steps}  epoch {run.epochs_at(step):.2f}/{run.epochs_at(run.num_steps):.2f}  "
-        f"loss {scalars['train/loss']:.4f}  top-1 {100 * scalars['train/top1']:.2f} %"
+        f"{run.task.describe(means)}"
     )
     if "step_seconds" in scalars:  # not where the only update was the one that compiled
         line += (
@@ -138,11 +147,11 @@ def _line(run: setup.Run, step: int, scalars: metrics.Scalars) -> str:
     return line
 
 
-def _result(run: setup.Run, store: checkpoints.Checkpoints, step: int, scores: metrics.Scalars, seconds: float) -> str:
+def _result(run: Run, store: Checkpointer, step: int, scores: Scores, seconds: float) -> str:
     best = store.best_step()
     return (
-        f"{describe(scores)} on {run.data.num_eval} images after {step} updates ({run.epochs_at(step):.1f} epochs, "
-        f"{duration(seconds)}). Checkpoint: {store.path(step)}"
+        f"{describe(run.task, scores)} on {run.task.num_eval} images after {step} updates "
+        f"({run.epochs_at(step):.1f} epochs, {duration(seconds)}). Checkpoint: {store.path(step)}"
         f"{f' (best: {store.path(best)})' if best is not None and best != step else ''}"
     )
 

@@ -1,7 +1,7 @@
 """What the updates of a run measured, and where their time went."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from simam_jax import errors
 from simam_jax.training import metrics
-from simam_jax.training.setup import Run
+from simam_jax.training.run import Run
 
 RUN_AHEAD = 2  # updates that the host may be ahead of the devices
 
@@ -19,7 +19,7 @@ class Meter:
 
     def __init__(self, run: Run, step: int):
         self._run = run
-        self._values: list[Mapping[str, Any]] = []
+        self._values: list[Mapping[str, Any]] = []  # what the update function returned
         self._step = step  # of the last report
         self._updates = 0  # timed ones, in all
         self._timed = 0  # since the last report
@@ -45,7 +45,7 @@ class Meter:
             self._since = self._began = time.monotonic()
             self._waited = 0.0
         elif len(self._values) > RUN_AHEAD:
-            jax.block_until_ready(self._values[-1 - RUN_AHEAD]["loss"])
+            jax.block_until_ready(self._values[-1 - RUN_AHEAD])
         self._timed += bool(self._updates)
         self._updates += 1
 
@@ -60,16 +60,16 @@ class Meter:
             UserError: a loss or a gradient among them is not finite; the message ends with `last_good()`.
         """
         values = jax.device_get(self._values)
-        for index, update in enumerate(values, self._step + 1):
+        for index, update in enumerate((each["scalars"] for each in values), self._step + 1):
             if not (np.isfinite(update["loss"]) and np.isfinite(update["grad_norm"])):
                 raise errors.UserError(
-                    f"In update {index} the loss is {update['loss'] / update['count']:g} and the gradient's norm "
+                    f"In update {index} the loss is {update['loss']:g} and the gradient's norm "
                     f"{update['grad_norm']:g}. Try a lower --config.schedule.learning_rate, a warm-up "
                     f"(--config.schedule.warmup_epochs), --config.optimizer.clip_global_norm=1 or "
                     f"--config.model.dtype=float32. {last_good()}."
                 )
-        last, scalars = values[-1], metrics.means(values, "train")
-        scalars |= {name: float(last[name]) for name in ("learning_rate", "grad_norm", "param_norm")}
+        scalars = {f"train/{name}": mean for name, mean in self._means(values).items()}
+        scalars |= {name: float(x) for name, x in values[-1]["scalars"].items() if name != "loss"}
         if self._timed:
             seconds = time.monotonic() - self._since
             rate = self._timed * self._run.config.batch_size / seconds
@@ -82,6 +82,15 @@ class Meter:
             }
         self._values, self._step, self._timed = [], step, 0
         return scalars | {"memory_bytes": metrics.memory_in_use()}
+
+    @staticmethod
+    def _means(values: Sequence[Mapping[str, Any]]) -> metrics.Scalars:
+        """The mean loss over the updates, and the task's sums over their counts."""
+        means = {"loss": float(np.mean([update["scalars"]["loss"] for update in values], dtype=np.float64))}
+        for name in values[0]["sums"]:
+            total, count = (sum(float(update["sums"][name][i]) for update in values) for i in (0, 1))
+            means[name] = total / max(count, 1.0)
+        return means
 
     def resume(self) -> None:
         """To be called before each update: what was done since the report (evaluation, saving) is not its time."""

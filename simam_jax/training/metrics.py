@@ -3,7 +3,7 @@
 import json
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,6 @@ import jax
 import numpy as np
 
 Scalars = dict[str, float]
-
-
-def means(sums: Sequence[Mapping[str, Any]], prefix: str) -> Scalars:
-    """`loss`, `top1` and `top5` (0..1) over all examples of several batches' sums, under `prefix/`."""
-    total = {name: sum(float(s[name]) for s in sums) for name in ("count", "loss", "top1", "top5")}
-    return {f"{prefix}/{name}": total[name] / max(total["count"], 1.0) for name in ("loss", "top1", "top5")}
 
 
 def memory_in_use() -> float:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from simam_jax.data import Batch
-from simam_jax.training.step import split_over
+from simam_jax.task import Batch
+from simam_jax.training.step import batch_sharded
 
 
 def to_devices(batches: Iterator[Batch], mesh: Mesh, ahead: int) -> Iterator[dict[str, jax.Array]]:
     """The batches as global arrays, cut over the mesh; `ahead` of them are under way while one is used."""
-    sharding = split_over(mesh)
+    sharding = batch_sharded(mesh)
     queue: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def send(count: int) -> None:

@@ -1,0 +1,108 @@
+"""From a config to the parts of a run: devices, task, schedule, optimizer. For training, evaluation and check."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simam_jax import errors
+from simam_jax.task import Task
+from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
+from simam_jax.training.state import TrainState, create_state
+from simam_jax.training.step import check_divisible, make_eval_step, make_mesh, make_train_step, replicated
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `config` stands for on this machine."""
+
+    config: ConfigDict
+    mesh: Mesh
+    task: Task
+    rate: Schedule
+    optimizer: optax.GradientTransformation
+    num_steps: int
+
+    def steps_in(self, epochs: float) -> int:
+        """Updates in that many epochs."""
+        return steps_in(epochs, self.task.num_train, self.config.batch_size)
+
+    def epochs_at(self, step: int) -> float:
+        """Passes over the training set after that many updates."""
+        return step * self.config.batch_size / self.task.num_train
+
+    def every(self, epochs: float) -> set[int]:
+        """The updates after which something that happens every so many epochs is due; the last one always."""
+        count = int(self.epochs_at(self.num_steps) / epochs) if epochs else 0
+        return {self.steps_in(epochs * k) for k in range(1, count + 1)} | {self.num_steps}
+
+    def train_step(self) -> Callable[..., Any]:
+        """The update: see `step.make_train_step`."""
+        return make_train_step(
+            self.task.loss,
+            self.optimizer,
+            self.rate,
+            self.mesh,
+            trainable=self.task.trainable,
+            micro_batches=self.config.optimizer.grad_accum_steps,
+            ema_decay=self.config.ema_decay,
+        )
+
+    def eval_step(self) -> Callable[..., Any]:
+        """The measure of an evaluation batch: see `step.make_eval_step`."""
+        return make_eval_step(self.task.measure, self.mesh)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself beside its arrays: the task's spec and the config."""
+        return {**self.task.spec, "config": plain(self.config)}
+
+
+def build(config: ConfigDict, make_task: Callable[[ConfigDict], Task]) -> Run:
+    """Checks the config against this machine and the data, and makes the parts.
+
+    Raises:
+        UserError: anything in the config that cannot be done, named.
+    """
+    use_compilation_cache(config.compilation_cache_dir)
+    mesh = make_mesh()
+    check_divisible(config, mesh.size)
+    task = make_task(config)
+    num_steps = config.num_steps or steps_in(config.num_epochs, task.num_train, config.batch_size)
+    if num_steps < 1:
+        raise errors.UserError(
+            f"config.num_epochs={config.num_epochs} and config.num_steps={config.num_steps} make no update."
+        )
+    rate = learning_rate(
+        config.schedule, num_examples=task.num_train, batch_size=config.batch_size, num_steps=num_steps
+    )
+    return Run(config, mesh, task, rate, sgd(config.optimizer, rate), num_steps)
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory`; "auto": the user's own cache, because who can write there can run code."""
+    if directory == "auto":
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = str(Path(base) / "simam_jax" / "compiled")
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def initial_state(run: Run) -> TrainState:
+    """The state before the first update, on all devices."""
+    seed, task = run.config.seed, run.task
+    variables = task.init(jax.random.key(seed))
+    state = create_state(variables, run.optimizer, seed=seed, ema=bool(run.config.ema_decay), trainable=task.trainable)
+    return jax.device_put(state, replicated(run.mesh))
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON's types."""
+    return json.loads(config.to_json_best_effort())
