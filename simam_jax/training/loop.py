@@ -53,15 +53,27 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> N
     )
     state = initial_state(run)
     restored = store.restore(state, task.spec)
-    before, scores = 0.0, {}
+    before, seen, scores = 0.0, 0, {}
     if restored:
         state, meta = restored
         before, scores = meta["elapsed_seconds"], meta["scores"]
+        seen = meta.get("images_seen", int(state.step) * meta["config"]["batch_size"])
         _report_changes(meta["config"], plain(config))
         progress.say(f"Continuing from {store.path(int(state.step))}")
     first = int(state.step)
+
+    def images(step: int) -> int:
+        """Images that the updates up to this one have seen, also where the batch was another one before a restart."""
+        return seen + (step - first) * config.batch_size
+
+    def epochs(step: int) -> float:
+        return images(step) / task.num_train
+
+    def result(step: int, seconds: float) -> str:
+        return _result(run, store, step, epochs(step), scores, seconds)
+
     if first >= num_steps:
-        progress.say(f"This run is finished. {_result(run, store, first, scores, before)}")
+        progress.say(f"This run is finished. {result(first, before)}")
         return
 
     # ---- the parts
@@ -94,8 +106,8 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> N
             log = config.log_every_steps and step % config.log_every_steps == 0
             if log or step in report_at or stop:
                 scalars = meter.report(step, store.last_good)
-                writer.write(step, run.epochs_at(step), scalars)
-                progress.say(_line(run, step, scalars))
+                writer.write(step, epochs(step), scalars)
+                progress.say(_line(run, step, epochs, scalars))
             else:
                 progress.show(f"step {step}/{num_steps}  ETA {duration(meter.eta(step))}")
 
@@ -103,14 +115,14 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> N
                 scores = prefixed(evaluate(run, eval_step, state.variables, progress), "eval")
                 if state.ema is not None:
                     scores |= prefixed(evaluate(run, eval_step, state.ema, progress), "eval_ema")
-                writer.write(step, run.epochs_at(step), scores)
+                writer.write(step, epochs(step), scores)
                 progress.say(f"step {step}/{num_steps}  {describe(task, scores)}")
                 watchdog.beat(step)
             if step in draw_at and task.pictures and jax.process_index() == 0:
                 writer.write_images(step, task.pictures(_on_one_device(state.variables)))
             if step in save_at or stop:
                 score = _best(task, scores) if step in eval_at and not stop else None
-                clock = {"elapsed_seconds": before + meter.seconds_since_start()}
+                clock = {"elapsed_seconds": before + meter.seconds_since_start(), "images_seen": images(step)}
                 store.save(state, run.meta() | clock | {"scores": scores}, score)
             if stop:
                 store.wait()
@@ -121,7 +133,7 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> N
                 break
         else:
             store.wait()
-            progress.say(f"Finished. {_result(run, store, num_steps, scores, before + meter.seconds_since_start())}")
+            progress.say(f"Finished. {result(num_steps, before + meter.seconds_since_start())}")
 
 
 def _best(task: Task, scores: Scores) -> float:
@@ -133,11 +145,10 @@ def _on_one_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
-def _line(run: Run, step: int, scalars: metrics.Scalars) -> str:
+def _line(run: Run, step: int, epochs: Callable[[int], float], scalars: metrics.Scalars) -> str:
     means = {name.removeprefix("train/"): x for name, x in scalars.items() if name.startswith("train/")}
     line = (
-        f"step {step}/{run.num_steps}  epoch {run.epochs_at(step):.2f}/{run.epochs_at(run.num_steps):.2f}  "
-        f"{run.task.describe(means)}"
+        f"step {step}/{run.num_steps}  epoch {epochs(step):.2f}/{epochs(run.num_steps):.2f}  {run.task.describe(means)}"
     )
     if "step_seconds" in scalars:  # not where the only update was the one that compiled
         line += (
@@ -147,11 +158,11 @@ def _line(run: Run, step: int, scalars: metrics.Scalars) -> str:
     return line
 
 
-def _result(run: Run, store: Checkpointer, step: int, scores: Scores, seconds: float) -> str:
+def _result(run: Run, store: Checkpointer, step: int, epochs: float, scores: Scores, seconds: float) -> str:
     best = store.best_step()
     return (
         f"{describe(run.task, scores)} on {run.task.num_eval} images after {step} updates "
-        f"({run.epochs_at(step):.1f} epochs, {duration(seconds)}). Checkpoint: {store.path(step)}"
+        f"({epochs:.1f} epochs, {duration(seconds)}). Checkpoint: {store.path(step)}"
         f"{f' (best: {store.path(best)})' if best is not None and best != step else ''}"
     )
 

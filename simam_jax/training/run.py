@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,6 +18,8 @@ from simam_jax.task import Task
 from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
 from simam_jax.training.state import TrainState, create_state
 from simam_jax.training.step import check_divisible, make_eval_step, make_mesh, make_train_step, replicated
+
+FEW_IMAGES = 8  # batch statistics of fewer are mostly noise
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,32 @@ def build(config: ConfigDict, make_task: Callable[[ConfigDict], Task]) -> Run:
     rate = learning_rate(
         config.schedule, num_examples=task.num_train, batch_size=config.batch_size, num_steps=num_steps
     )
-    return Run(config, mesh, task, rate, sgd(config.optimizer, rate), num_steps)
+    run = Run(config, mesh, task, rate, sgd(config.optimizer, rate), num_steps)
+    if odd := "; ".join(_odd(run)):
+        logging.warning("This run is small for its settings: %s.", odd)
+    return run
+
+
+def _odd(run: Run) -> Iterator[str]:
+    """Settings that work and are seldom meant."""
+    config, num_train = run.config, run.task.num_train
+    if config.batch_size > num_train:
+        yield (
+            f"an update of {config.batch_size} images sees the {num_train} of the training set more than once "
+            f"(--config.batch_size={num_train} or less)"
+        )
+    warmup = run.steps_in(config.schedule.warmup_epochs)
+    if warmup >= run.num_steps:
+        yield (
+            f"the warm-up of {warmup} updates fills the run of {run.num_steps}, so that the rate never reaches "
+            f"{config.schedule.learning_rate} (a smaller --config.schedule.warmup_epochs, or 0)"
+        )
+    micro_batch = config.batch_size // config.optimizer.grad_accum_steps
+    if run.num_steps > 1 and micro_batch < FEW_IMAGES:
+        yield (
+            f"batch norm takes statistics over {micro_batch} images at most (a larger --config.batch_size, or fewer "
+            f"--config.optimizer.grad_accum_steps)"
+        )
 
 
 def use_compilation_cache(directory: str) -> None:
