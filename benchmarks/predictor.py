@@ -16,8 +16,7 @@ import simam_jax
 from benchmarks import measure
 from simam_jax.errors import run_cli
 from simam_jax.inference import Predictor
-from simam_jax.models import init_variables
-from simam_jax.preprocessing import of_original
+from simam_jax.models import MODELS, init_variables
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     model = simam_jax.create_model(args.model, num_classes=1000)
     variables = init_variables(model, jax.random.key(0))
-    predictor = Predictor(model, variables, of_original(args.model), batch_size=args.batch_size)
+    predictor = Predictor(model, variables, MODELS[args.model].preprocessing, batch_size=args.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         files = _photographs(Path(folder), args.count)
         ready = np.stack([predictor.preprocessing(file) for file in files])

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from benchmarks import measure, networks
 from simam_jax.errors import UserError, run_cli
-from simam_jax.models.network import variable_shapes
+from simam_jax.models import variable_shapes
 from simam_jax.training import step as steps
 
 TARGET = Path(__file__).parent / "h100.txtpb"

@@ -20,8 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from simam_jax import errors
-from simam_jax.models import create_model
-from simam_jax.models.network import variable_shapes
+from simam_jax.models import create_model, variable_shapes
 
 VariablePath = tuple[str, ...]
 State = dict[str, np.ndarray]  # a state_dict: PyTorch's names, layouts and shapes
@@ -374,13 +373,7 @@ def _torch_to_workdir(args: argparse.Namespace) -> None:
         attention_param=args.attention_param,
         skip_head=args.skip_head,
     )
-    spec = {
-        "name": args.model,
-        "num_classes": model.num_classes,
-        "attention": args.attention,
-        "attention_param": model.attention_param,
-        "dtype": model.dtype.name,
-    }
+    spec = model.spec()  # pyright: ignore
     checkpoints.write_weights(dest, {"task": "classification", "model": spec}, variables)
 
 

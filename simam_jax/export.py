@@ -139,7 +139,7 @@ FORMATS = {
 
 def _network(predictor: Predictor) -> Network:
     """Pixels to logits in float32, with the weights inside."""
-    model = predictor.model.clone(dtype=jnp.dtype(jnp.float32))
+    model = predictor.model.with_backbone(dtype=jnp.dtype(jnp.float32))
     in_float32 = Predictor(model, predictor.variables, predictor.preprocessing, predictor.class_names)
     return functools.partial(in_float32.logits, jax.device_get(predictor.variables))
 

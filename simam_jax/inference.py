@@ -17,8 +17,10 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from simam_jax import checkpoints, convert, errors, weights
+from simam_jax.models import MODELS
 from simam_jax.ops.images import normalize
-from simam_jax.preprocessing import ImageLike, Preprocessing, of_original
+from simam_jax.ops.parts import apply_in_parts
+from simam_jax.preprocessing import ImageLike, Preprocessing
 
 _AHEAD = 2  # batches on their way through the device while the next images are read
 
@@ -126,7 +128,7 @@ class Predictor:
                 raise errors.UserError(f"The checkpoint {path} is of {name}, not of {asked}.")
             model, variables = weights.load(path, ema=ema)
         if preprocessing is None:
-            preprocessing = _stored(meta) or of_original(name)
+            preprocessing = _stored(meta) or MODELS[name].preprocessing
         if class_names is None:
             class_names = meta.get("class_names")
         return cls(model, variables, preprocessing, class_names, batch_size=batch_size)
@@ -199,7 +201,7 @@ class Predictor:
 
     def logits(self, variables: Any, pixels: jax.Array) -> jax.Array:
         """A pure function from uint8 (N, image_size, image_size, 3) to (N, classes), for `jax.jit` and its like."""
-        return self.model.apply(variables, self.normalized(pixels))  # pyright: ignore[reportReturnType]
+        return apply_in_parts(functools.partial(self.model.apply, variables), self.normalized(pixels))  # pyright: ignore[reportReturnType]
 
     def normalized(self, pixels: ArrayLike) -> jax.Array:
         """uint8 (N, image_size, image_size, 3) to float32, as `model.apply` takes images."""

@@ -4,6 +4,8 @@ Every layer computes in the dtype of its input; parameters and statistics are fl
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,11 @@ from flax import linen as nn
 from jax import lax
 
 from simam_jax.errors import UserError
+from simam_jax.ops.batch_norm import GroupMoments, batch_norm, over_neighbours
 from simam_jax.ops.convolution import convolve
-from simam_jax.ops.moments import Moments, at_least_float32, moments
+from simam_jax.ops.moments import Moments, at_least_float32
+from simam_jax.ops.simam import simam
+from simam_jax.ops.simam_batch_norm import Activation, simam_batch_norm
 
 Initializer = Callable[..., jax.Array]
 
@@ -65,54 +70,6 @@ class Linear(nn.Module):
         return y + bias.astype(x.dtype)
 
 
-@jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0), with a gradient that needs its value, which the next layer keeps anyway; it is 0 at 0, as PyTorch's.
-
-    Written as a choice, which XLA computes once. A maximum is cheap enough for it to compute anew in everything that reads
-    it: at the end of a residual block that was the sum of this and of all blocks before, in the gradient from what went in.
-    """
-    return jnp.where(x < 0, 0, x)
-
-
-@relu.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    y = relu(*primals)
-    return y, jnp.where(y > 0, tangents[0], 0)
-
-
-# From x's moments, scale and bias: the factor and the offset (G, C) that normalise x, and the moments of the whole group.
-Affine = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[tuple[jax.Array, jax.Array], Moments]]
-Normalise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Affine], tuple[jax.Array, Moments]]
-
-
-def normalise(
-    x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, affine: Affine
-) -> tuple[jax.Array, Moments]:
-    """x, groups (G, n, HW, C), normalised by what `affine` makes of the moments of x - shift.
-
-    Returns:
-        The same in x's dtype, and the moments of x - shift, (G, C). shift, scale and bias are (C,).
-    """
-    mean, var = (each[:, 0, 0] for each in moments(x, shift, (1, 2)))
-    # One factor and one offset per group and channel: the gradient then needs two reductions over the map only.
-    (factor, offset), of_group = affine(mean, var, scale, bias)
-    y = _affine(x.astype(factor.dtype), shift, factor[:, None, None], offset[:, None, None])
-    return y.astype(x.dtype), of_group
-
-
-@jax.custom_jvp
-def _affine(x: jax.Array, shift: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
-    return (x - shift) * factor + offset
-
-
-@_affine.defjvp
-def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    (x, shift, factor, _), (dx, dshift, dfactor, doffset) = primals, tangents
-    # Not (x - shift) * dfactor, of which the transpose would need x - shift in memory for a sum.
-    return _affine(*primals), dx * factor + x * dfactor + (doffset - shift * dfactor - dshift * factor)
-
-
 class BatchNorm(nn.Module):
     """Batch normalization over all but the last axis, with statistics over groups of a chosen number of images.
 
@@ -129,10 +86,10 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, normalise: Normalise = normalise) -> jax.Array:
-        """Normalises x (N, ..., C); with `train` by the batch's statistics, updating the collection "batch_stats".
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Normalises x (N, ..., C): with `train` by the batch's statistics, which move the running ones; else by these.
 
-        `normalise` may be another function of that kind, which does more to x than normalise it; of use with `train`.
+        Scale and bias have gradients in both modes.
 
         Raises:
             UserError: the images cannot be grouped as asked for, or a group holds one value per channel only.
@@ -140,12 +97,10 @@ class BatchNorm(nn.Module):
         shape, dtype = x.shape[-1:], at_least_float32(x.dtype)
         scale = self.param("scale", nn.initializers.ones, shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
-
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         if not train:
-            factor = lax.rsqrt(running_var.value + self.epsilon) * scale
-            return ((x.astype(dtype) - running_mean.value) * factor + bias).astype(x.dtype)
+            return self.by_running_statistics(x, mean.value, var.value, scale, bias)
 
         groups, devices = self._groups(x.shape[0])
         grouped = x.reshape(groups, x.shape[0] // groups, -1, shape[0])
@@ -154,20 +109,34 @@ class BatchNorm(nn.Module):
             raise UserError(
                 "Batch norm cannot take statistics over one value per channel: train on more images or larger ones."
             )
-
-        def affine(mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array):
-            mean, var = _over_neighbours((mean, var), devices, self.axis_name)
-            factor = lax.rsqrt(var + self.epsilon) * scale
-            return (factor, bias - mean * factor), (mean, var)
-
-        # The running mean as a shift keeps the one-pass variance from cancelling when the mean is large.
-        y, (shifted_mean, var) = normalise(grouped, running_mean.value, scale, bias, affine)
+        of_group = (lambda own: own) if devices == 1 else partial(self._of_group, devices)
+        y, moments = self.by_batch_statistics(grouped, mean.value, scale, bias, of_group)
         if not self.is_initializing():
             keep, unbiased = self.momentum, count / (count - 1)
-            running_mean.value = running_mean.value + (1 - keep) * shifted_mean.mean(0)
-            running_var.value = keep * running_var.value + (1 - keep) * unbiased * var.mean(0)
+            mean.value = mean.value + (1 - keep) * moments.mean.mean(0)
+            var.value = keep * var.value + (1 - keep) * unbiased * moments.var.mean(0)
         return y.reshape(x.shape)
 
+    @nn.nowrap
+    def by_running_statistics(
+        self, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
+    ) -> jax.Array:
+        """x (N, ..., C) normalised by given statistics (C,)."""
+        factor = lax.rsqrt(var + self.epsilon) * scale
+        return ((x.astype(factor.dtype) - mean) * factor + bias).astype(x.dtype)
+
+    @nn.nowrap
+    def by_batch_statistics(
+        self, x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, group_moments: GroupMoments
+    ) -> tuple[jax.Array, Moments]:
+        """x (G, n, HW, C) normalised by the statistics of its groups, and the moments of what was normalised, less shift."""
+        return batch_norm(x, shift, scale, bias, epsilon=self.epsilon, group_moments=group_moments)
+
+    @nn.nowrap
+    def _of_group(self, devices: int, own: Moments) -> Moments:
+        return over_neighbours(own, devices, self.axis_name) if self.axis_name else own
+
+    @nn.nowrap
     def _groups(self, images: int) -> tuple[int, int]:
         """(groups on this device, devices that share one group)."""
         size = self.group_size or images
@@ -182,23 +151,33 @@ class BatchNorm(nn.Module):
         )
 
 
-def _over_neighbours(moments: Moments, devices: int, axis_name: str | None) -> Moments:
-    """The moments of what groups of `devices` neighbours on the mesh axis have together."""
-    if devices == 1 or axis_name is None:
-        return moments
-    mean, var = moments
-    mean, square = _mean_over_neighbours((mean, var + jnp.square(mean)), devices, axis_name)
-    return mean, jnp.maximum(square - jnp.square(mean), 0)
+class SimAMBatchNorm(BatchNorm):
+    """SimAM, batch norm and an activation as one operation in training: see `ops.simam_batch_norm`.
 
+    Its variables are those of `BatchNorm`.
+    """
 
-def _mean_over_neighbours(pair: Moments, devices: int, axis_name: str) -> Moments:
-    if devices == lax.axis_size(axis_name):
-        return lax.pmean(pair, axis_name)
-    # shard_map's check_vma knows no axis_index_groups; these are a few kilobytes.
-    everywhere = lax.all_gather(jnp.stack(pair), axis_name)
-    first = lax.axis_index(axis_name) // devices * devices
-    mean, square = lax.dynamic_slice_in_dim(everywhere, first, devices).mean(0)
-    return mean, square
+    e_lambda: float = 1e-4
+    activation: Activation = lambda x: x
+
+    @nn.nowrap
+    def by_running_statistics(self, x: jax.Array, *statistics: jax.Array) -> jax.Array:
+        return self.activation(super().by_running_statistics(simam(x, self.e_lambda), *statistics))
+
+    @nn.nowrap
+    def by_batch_statistics(
+        self, x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, group_moments: GroupMoments
+    ) -> tuple[jax.Array, Moments]:
+        return simam_batch_norm(
+            x,
+            shift,
+            scale,
+            bias,
+            e_lambda=self.e_lambda,
+            epsilon=self.epsilon,
+            group_moments=group_moments,
+            activation=self.activation,
+        )
 
 
 class Dropout(nn.Module):
@@ -220,3 +199,23 @@ class Dropout(nn.Module):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(x.shape[0]))
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class LayerFactory:
+    """Makes the layers of one network, with what they have in common."""
+
+    attention: str  # none, or a key of `attention.KINDS`
+    attention_param: float  # simam: lambda; se, cbam: reduction
+    bn_group_size: int
+    axis_name: str | None
+    kernel_init: Initializer = he_normal
+    linear: Callable[..., nn.Module] = Linear
+
+    @property
+    def conv(self) -> Callable[..., nn.Module]:
+        return partial(Conv, kernel_init=self.kernel_init)
+
+    @property
+    def norm(self) -> Callable[..., nn.Module]:
+        return partial(BatchNorm, group_size=self.bn_group_size, axis_name=self.axis_name)

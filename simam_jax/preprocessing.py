@@ -1,16 +1,21 @@
-"""One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with."""
+"""One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with.
+
+PIL is imported when the first image is read.
+"""
 
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from PIL import Image
 
 from simam_jax.errors import UserError
 
-ImageLike = str | os.PathLike[str] | Image.Image | ArrayLike
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageLike = Any  # a path, a PIL image, or an array
 
 # Larger ones are refused before they are decoded: a few bytes of a file can claim any size.
 MAX_PIXELS = 178_956_970  # PIL's own limit, 0.5 GiB of RGB
@@ -46,6 +51,8 @@ class Preprocessing:
         Raises:
             UserError: no readable image; the message names it.
         """
+        from PIL import Image
+
         if isinstance(image, Image.Image):
             return self._pixels(image, "The image")
         if not isinstance(image, str | os.PathLike):
@@ -75,7 +82,9 @@ class Preprocessing:
         start = round((resized - self.image_size) / 2)  # Python rounds a half to the even number, as torchvision does
         return start * length / resized, (start + self.image_size) * length / resized
 
-    def _pixels(self, image: Image.Image, name: str) -> np.ndarray:
+    def _pixels(self, image: "Image.Image", name: str) -> np.ndarray:
+        from PIL import Image
+
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
@@ -89,18 +98,17 @@ IMAGENET = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = Preprocessing(32, 0, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
-def of_original(model_name: str) -> Preprocessing:
-    """What the original feeds the network of that name with, for weights that come without a word about it."""
-    return CIFAR if model_name.startswith("cifar_") else IMAGENET
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a value: PIL's own conversion would cut off instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray) -> "Image.Image":
+    from PIL import Image
+
     if array.dtype != np.uint8:
         raise UserError(
             f"An image as an array must be uint8 in 0..255, got {array.dtype}: "

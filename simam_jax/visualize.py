@@ -20,7 +20,7 @@ from PIL import Image
 from simam_jax import errors
 from simam_jax.command_line import add_model_arguments, exit_code, find_images, load_predictor, skip
 from simam_jax.inference import Predictor
-from simam_jax.layers import at_least_float32
+from simam_jax.ops.moments import at_least_float32
 from simam_jax.progress import Progress
 
 if TYPE_CHECKING:

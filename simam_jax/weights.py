@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from simam_jax import checkpoints, convert, errors, models
-from simam_jax.models.network import variable_shapes
+from simam_jax.models import variable_shapes
 
 Tree = Any
 

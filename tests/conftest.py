@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
+from simam_jax.models import Classifier
 from simam_jax.models.blocks import BasicBlock
-from simam_jax.models.network import Network
 from simam_jax.models.resnet import ResNet
 
 jax.config.update("jax_platforms", "cpu")
@@ -47,17 +47,17 @@ def mesh_of():
 def tiny_network():
     """A real network that compiles in a moment: three blocks with SimAM, 8 to 32 channels, 10 classes."""
 
-    def make(dtype=jnp.float32, **changes) -> Network:
-        return ResNet(
+    def make(dtype=jnp.float32, **changes) -> Classifier:
+        backbone = ResNet(
             block=BasicBlock,
             stage_sizes=(1, 1, 1),
             width=8,
             stem="3x3",
-            num_classes=10,
             attention="simam",
             attention_param=1e-4,
             dtype=jnp.dtype(dtype),
             **changes,
         )
+        return Classifier(architecture="tiny", backbone=backbone, num_classes=10)
 
     return make

@@ -50,21 +50,23 @@ def reference_gradients(x, kernel, dy, *, stride, padding, groups=1):
     return dx[:, padding : padding + x.shape[1], padding : padding + x.shape[2]], dkernel
 
 
-# kernel size, stride, channels in, out, groups: those of the networks, with fewer channels
+# kind in CPU_FORMS (for float64), kernel size, stride, channels in, out, groups: those of the networks, with fewer channels
 GEOMETRIES = [
-    pytest.param(1, 1, 4, 6, 1, id="1x1"),
-    pytest.param(1, 1, 6, 4, 1, id="1x1-narrowing"),
-    pytest.param(1, 2, 4, 6, 1, id="1x1-strided"),
-    pytest.param(3, 1, 4, 6, 1, id="3x3"),
-    pytest.param(3, 2, 4, 6, 1, id="3x3-strided"),
-    pytest.param(3, 1, 3, 4, 1, id="3x3-few-channels"),
-    pytest.param(3, 2, 3, 4, 1, id="3x3-few-channels-strided"),
-    pytest.param(7, 2, 3, 4, 1, id="7x7-strided"),
-    pytest.param(7, 1, 2, 1, 1, id="7x7"),
-    pytest.param(3, 1, 6, 6, 6, id="depthwise"),
-    pytest.param(3, 2, 6, 6, 6, id="depthwise-strided"),
-    pytest.param(3, 1, 8, 12, 4, id="grouped"),
-    pytest.param(3, 2, 8, 12, 4, id="grouped-strided"),
+    ("pointwise", 1, 1, 4, 6, 1),
+    ("pointwise", 1, 1, 6, 4, 1),
+    ("pointwise", 1, 2, 4, 6, 1),
+    ("3x3", 3, 1, 4, 6, 1),
+    ("dense", 3, 2, 4, 6, 1),
+    ("image 3x3", 3, 1, 3, 4, 1),
+    ("image 3x3", 3, 2, 3, 4, 1),
+    ("image", 7, 2, 3, 4, 1),
+    ("image", 7, 1, 2, 1, 1),
+    ("small", 3, 2, 4, 6, 1),
+    ("depthwise", 3, 1, 6, 6, 6),
+    ("depthwise", 3, 2, 6, 6, 6),
+    ("grouped", 3, 1, 64, 32, 16),  # in two blocks
+    ("grouped", 3, 2, 8, 12, 4),
+    ("small grouped", 3, 2, 8, 12, 4),
 ]
 
 
@@ -75,29 +77,40 @@ def draw(size, channels, outputs, groups, height=9, width=10):
 
 
 @pytest.fixture
-def large(monkeypatch):
-    """Lowered as large inputs are: patches of two images at a time, groups in two blocks."""
-    monkeypatch.setattr(convolution, "_PATCHES", 2**15)
-    monkeypatch.setattr(convolution, "_SMALL", 2**15)
-    monkeypatch.setattr(convolution, "_FEW", 4)
-    monkeypatch.setattr(convolution, "_BLOCK", 4)
+def in_parts(monkeypatch):
+    """Patches of two images at a time, as of large ones."""
+    monkeypatch.setattr(convolution, "CACHE", 2**15)
 
 
-@pytest.mark.usefixtures("x64", "large")
-@pytest.mark.parametrize(("size", "stride", "channels", "outputs", "groups"), GEOMETRIES)
-def test_value_tangent_and_gradients(size, stride, channels, outputs, groups):
-    assert_like_the_reference(size, stride, channels, outputs, groups)
+@pytest.fixture
+def large(monkeypatch, in_parts):  # noqa: ARG001
+    """Every convolution takes the form that large ones take on CPUs."""
+    monkeypatch.setattr(convolution, "SMALL", 0)
+    monkeypatch.setattr(convolution, "FEW", 4)
+
+
+@pytest.mark.usefixtures("x64", "in_parts")
+@pytest.mark.parametrize(("kind", "size", "stride", "channels", "outputs", "groups"), GEOMETRIES)
+def test_every_form_is_the_convolution(kind, size, stride, channels, outputs, groups):
+    geometry = convolution.Geometry(stride, size // 2, groups)
+    f = convolution.cpu_form(kind, geometry)
+    assert_like_the_reference(f, size, stride, channels, outputs, groups)
+
+
+def test_every_form_is_tested():
+    assert {kind for kind, *_ in GEOMETRIES} == set(convolution.CPU_FORMS)
 
 
 @pytest.mark.usefixtures("x64")
-def test_value_tangent_and_gradients_of_small_groups():
-    assert_like_the_reference(3, 2, 8, 12, 4)
+@pytest.mark.parametrize(("kind", "size", "stride", "channels", "outputs", "groups"), GEOMETRIES[::4])
+def test_convolve_is_the_convolution(kind, size, stride, channels, outputs, groups):  # noqa: ARG001
+    f = partial(convolve, stride=stride, padding=size // 2, groups=groups)
+    assert_like_the_reference(f, size, stride, channels, outputs, groups)
 
 
-def assert_like_the_reference(size, stride, channels, outputs, groups):
+def assert_like_the_reference(f, size, stride, channels, outputs, groups):
     x, kernel = draw(size, channels, outputs, groups)
     geometry = {"stride": stride, "padding": size // 2, "groups": groups}
-    f = partial(convolve, **geometry)
 
     @jax.jit
     def everything(x, kernel):
@@ -111,42 +124,19 @@ def assert_like_the_reference(size, stride, channels, outputs, groups):
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.usefixtures("large")
-@pytest.mark.parametrize(
-    ("size", "stride", "channels", "groups", "left_to_xla"),
-    [
-        pytest.param(3, 1, 6, 1, 0, id="tiles"),
-        pytest.param(3, 2, 6, 1, 0, id="strided"),
-        pytest.param(3, 2, 3, 1, 0, id="few channels"),
-        pytest.param(7, 2, 3, 1, 1, id="large kernel, few channels"),
-        pytest.param(3, 2, 6, 3, 0, id="grouped"),
-    ],
-)
-def test_large_ones_do_not_use_xla_s_gradient_on_a_cpu(size, stride, channels, groups, left_to_xla):
-    x, kernel = draw(size, channels, 6, groups, height=18, width=20)
-    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=stride, padding=size // 2, groups=groups) ** 2))
-    text = jax.jit(f).lower(kernel).as_text()
-    assert text.count("stablehlo.convolution") == left_to_xla  # forward
-    assert "stablehlo.while" in text
-
-
-@pytest.mark.usefixtures("large")
+@pytest.mark.usefixtures("in_parts")
 def test_tiles_round_about_as_the_definition_does():
     x, kernel = (array.astype(np.float32) for array in draw(3, 64, 8, 1))
     geometry = {"stride": 1, "padding": 1}
+
+    def xla(x, kernel, **_):
+        return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
     exact = reference(x.astype(np.float64), kernel.astype(np.float64), **geometry)
     tiles, xla = (
-        np.abs(f(x, kernel, **geometry) - exact).max()
-        for f in (jax.jit(convolve, static_argnames=geometry), convolution._xla)
+        np.abs(f(x, kernel, **geometry) - exact).max() for f in (jax.jit(convolve, static_argnames=geometry), xla)
     )
     assert tiles < 3 * xla < 1e-5 * np.abs(exact).max()
-
-
-@pytest.mark.parametrize(("groups", "left_to_xla"), [(1, 2), (2, 1), (4, 0)], ids=["dense", "grouped", "depthwise"])
-def test_small_ones_are_left_to_xla_but_not_gradients_of_groups(groups, left_to_xla):
-    x, kernel = draw(3, 4, 4, groups)
-    f = jax.grad(lambda k: jnp.sum(convolve(x, k, stride=1, padding=1, groups=groups) ** 2))
-    assert jax.jit(f).lower(kernel).as_text().count("stablehlo.convolution") == left_to_xla
 
 
 @pytest.mark.usefixtures("x64", "large")

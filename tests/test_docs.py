@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 import simam_jax
 from benchmarks.report import report
 from simam_jax import checkpoints, convert
-from simam_jax.models.network import variable_shapes
+from simam_jax.models import variable_shapes
 
 README = (ROOT / "README.md").read_text()
 

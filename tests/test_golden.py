@@ -70,12 +70,14 @@ def build(case: dict):
         attention_param=case["attention_param"],
     )
     # The original's numbers of the wide networks are without dropout.
-    return model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model, variables
+    return model.with_backbone(dropout_rate=0.0) if hasattr(model.backbone, "dropout_rate") else model, variables
 
 
 def in_float64(model, variables):
     """The same network and weights, computing in float64; needs 64-bit mode."""
-    return model.clone(dtype=jnp.dtype("float64")), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    return model.with_backbone(dtype=jnp.dtype("float64")), jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64), variables
+    )
 
 
 def make_train(model):

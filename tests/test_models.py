@@ -13,9 +13,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from simam_jax import UserError, create_model, list_models
-from simam_jax.layers import BatchNorm, Conv, Dropout, relu
-from simam_jax.models import ATTENTIONS, MODELS, network
-from simam_jax.models.network import variable_shapes
+from simam_jax.layers import BatchNorm, Conv, Dropout
+from simam_jax.models import ATTENTIONS, MODELS, create_backbone, init_variables, variable_shapes
+from simam_jax.ops import parts
+from simam_jax.ops.activations import relu
+from simam_jax.ops.dispatch import lowering_for
+from simam_jax.ops.parts import apply_in_parts
 
 shapes = functools.cache(variable_shapes)  # shared with the tests of conversion
 
@@ -230,27 +233,42 @@ def test_dropout_does_not_depend_on_the_number_of_devices():
     np.testing.assert_array_equal(Dropout(0.3).apply({}, x), x)
 
 
-def test_a_large_batch_goes_through_in_parts_on_cpus(monkeypatch):
+def test_a_large_batch_is_computed_in_parts_on_cpus(monkeypatch):
     model = create_model("cifar_resnet20", num_classes=10, attention="simam")
     images = jax.random.normal(jax.random.key(1), (6, 16, 16, 3))
-    variables = model.init(jax.random.key(0), images)
-    calls = {
-        "features": partial(model.apply, features=True),
-        "weights": partial(model.apply, mutable=["intermediates"]),
-    }
+    variables = init_variables(model, jax.random.key(0))
+    seen = []
 
-    def lowered(call, count, platform="cpu"):
-        return jax.jit(call).trace(variables, images[:count]).lower(lowering_platforms=(platform,))
+    def apply(images):
+        seen.append(len(images))
+        return model.apply(variables, images, features=True)
 
-    def has_loop(*args):
-        return "stablehlo.while" in lowered(*args).as_text()
+    whole = jax.jit(apply)(images)
+    monkeypatch.setattr(parts, "PIXELS", 2 * 16 * 16)
+    in_parts = jax.jit(partial(apply_in_parts, apply))(images)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), in_parts, whole)
+    assert seen == [6, 2]
+    with lowering_for("gpu"):
+        jax.eval_shape(partial(apply_in_parts, apply), images)
+    jax.eval_shape(partial(apply_in_parts, apply), images[:5])  # parts of one image would be too small
+    assert seen[2:] == [6, 5]
 
-    whole = lowered(calls["features"], 6).compile()(variables, images)
-    monkeypatch.setattr(network, "_PIXELS", 2 * 16 * 16)
-    parts = lowered(calls["features"], 6).compile()(variables, images)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), parts, whole)
-    assert has_loop(model.apply, 6)
-    assert not has_loop(model.apply, 6, "cuda")
-    assert not has_loop(model.apply, 2)
-    assert not has_loop(model.apply, 5)  # parts of one image would be too small
-    assert not has_loop(calls["weights"], 6)
+
+def test_a_backbone_has_no_head_and_trains_its_scales_by_running_statistics():
+    backbone = create_backbone("cifar_resnet20")
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    variables = init_variables(backbone, jax.random.key(0))
+    assert "fc" not in variables["params"]
+    assert set(variables["params"]) | {"fc"} == set(variable_shapes(create_model("cifar_resnet20"))["params"])
+
+    def loss(params):
+        (features, _), updates = backbone.apply(variables | {"params": params}, images, mutable=["batch_stats"])
+        return jnp.square(features).sum(), updates["batch_stats"]
+
+    gradient, statistics = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, statistics, variables["batch_stats"])  # they stay
+    norms = [layer for block in gradient.values() for name, layer in block.items() if name.startswith("bn")]
+    assert norms
+    for norm in norms:
+        assert np.abs(norm["scale"]).max() > 0
+        assert np.abs(norm["bias"]).max() > 0

@@ -40,7 +40,7 @@ def test_derivatives_are_those_of_the_formula(mean: float):
 
     x, shift = jnp.asarray(draw(mean)), jnp.full((2, 1, 1, 5), mean + 0.3)
     tangents = jnp.asarray(draw(0.0))[::-1], jnp.full((2, 1, 1, 5), 0.7)
-    ours = jax.jvp(lambda *inputs: moments(*inputs, AXES), (x, shift), tangents)
+    ours = jax.jvp(lambda *inputs: tuple(moments(*inputs, AXES)), (x, shift), tangents)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), ours, jax.jvp(formula, (x, shift), tangents))
 
     def curvature(f):
@@ -49,5 +49,5 @@ def test_derivatives_are_those_of_the_formula(mean: float):
     np.testing.assert_allclose(
         curvature(lambda x: moments(x, shift, AXES)), curvature(lambda x: formula(x, shift)), rtol=1e-9, atol=1e-12
     )
-    mapped = jax.vmap(lambda x, shift: moments(x[None], shift[None], AXES))(x, shift)
+    mapped = jax.vmap(lambda x, shift: tuple(moments(x[None], shift[None], AXES)))(x, shift)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:, 0], b, rtol=1e-9), mapped, ours[0])

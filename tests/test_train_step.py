@@ -151,7 +151,7 @@ def test_the_losses_of_the_original_s_updates(mesh_of):
     rate = case["sgd"]["lr"]
     optimizer = sgd(config.optimizer, lambda _: rate)
     model, variables = from_torch(golden_state(case["state_dict"]), "cifar_resnet20", dtype="float64")
-    model = model.clone(axis_name=AXIS)
+    model = model.with_backbone(axis_name=AXIS)
     mesh = mesh_of(1)
     state = jax.device_put(create_state(variables, optimizer, seed=0, ema=False), replicated(mesh))
     step = train_step(model, optimizer, config, mesh)

@@ -7,7 +7,7 @@ import numpy as np
 
 import simam_jax
 from simam_jax import checkpoints
-from simam_jax.models.network import variable_shapes
+from simam_jax.models import variable_shapes
 from simam_jax.preprocessing import Preprocessing
 
 PREPROCESSING = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}

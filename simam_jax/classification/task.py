@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 from simam_jax import data, models, weights
 from simam_jax.classification import metrics, mixing
 from simam_jax.errors import UserError
+from simam_jax.models import variable_shapes
 from simam_jax.models.costs import summarize
-from simam_jax.models.network import variable_shapes
 from simam_jax.ops.images import normalize
+from simam_jax.ops.parts import apply_in_parts
 from simam_jax.preprocessing import Preprocessing
 from simam_jax.task import AXIS, Batch, MeanEvaluator, Scores, Sums, Task, Tree
 
@@ -45,13 +46,7 @@ def make_task(config: ConfigDict) -> Task:
     check_groups(config, jax.device_count())
     spec = {
         "task": "classification",
-        "model": {
-            "name": config.model.name,
-            "num_classes": model.num_classes,
-            "attention": model.attention,
-            "attention_param": model.attention_param,
-            "dtype": model.dtype.name,
-        },
+        "model": model.spec(),
         "class_names": list(info.class_names),
         "preprocessing": {field.name: config.data[field.name] for field in dataclasses.fields(Preprocessing)},
     }
@@ -107,7 +102,7 @@ def loss(
 def measure(model: Any, config: ConfigDict, variables: Tree, batch: Batch) -> dict[str, jax.Array]:
     """Of every image its cross-entropy, and whether its label is the first or among the first five."""
     images = normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-    logits = model.apply(variables, images)
+    logits = apply_in_parts(partial(model.apply, variables), images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     return {"loss": losses} | metrics.hits(logits, batch["label"])
 

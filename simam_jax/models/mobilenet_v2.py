@@ -6,27 +6,27 @@ import jax
 from flax import linen as nn
 
 from simam_jax.layers import Linear, he_normal, torch_uniform
+from simam_jax.models.backbone import Backbone, Features
 from simam_jax.models.blocks import InvertedResidual
-from simam_jax.models.network import Network, Outputs
 
 # Table 2 of the paper: expansion, width, blocks, stride of the first block.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
-_Linear = partial(Linear, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
+MobileNetLinear = partial(Linear, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
 
 
-class MobileNetV2(Network, kw_only=True):
+class MobileNetV2(Backbone, kw_only=True):
     """Seven stages of inverted residuals. The CIFAR form has stride 1 in the stem and in the second stage."""
 
     cifar: bool = False
 
     @nn.compact
-    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False) -> Features:
         if self.cifar:
-            layers, activation = self.layers(kernel_init=torch_uniform), nn.relu
+            make, activation = self.factory(kernel_init=torch_uniform), nn.relu
         else:
-            layers, activation = self.layers(kernel_init=he_normal, linear=_Linear), nn.relu6
-        conv, norm, stages, index = layers.conv, layers.norm, {}, 0
+            make, activation = self.factory(kernel_init=he_normal, linear=MobileNetLinear), nn.relu6
+        conv, norm, stages, index = make.conv, make.norm, {}, 0
 
         x = conv(32, 3, 1 if self.cifar else 2, name="conv1")(x)
         x = activation(norm(name="bn1")(x, train))
@@ -35,11 +35,9 @@ class MobileNetV2(Network, kw_only=True):
                 stride = 1
             for i in range(size):
                 block = InvertedResidual(
-                    layers, width, stride if i == 0 else 1, expansion, self.cifar, name=f"layers_{index}"
+                    make, width, stride if i == 0 else 1, expansion, self.cifar, name=f"layers_{index}"
                 )
                 x, index = block(x, train), index + 1
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
-        x = activation(norm(name="bn2")(conv(1280, name="conv2")(x), train))
-        logits = self.classify(layers, x)
-        return (logits, stages) if features else logits
+        return activation(norm(name="bn2")(conv(1280, name="conv2")(x), train)), stages

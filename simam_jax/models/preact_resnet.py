@@ -7,30 +7,27 @@ import jax
 from flax import linen as nn
 
 from simam_jax.layers import Initializer, torch_uniform
-from simam_jax.models.network import Network, Outputs
+from simam_jax.models.backbone import Backbone, Features
 
 
-class PreActResNet(Network, kw_only=True):
-    """A 3x3 convolution to 16 channels, three stages of blocks, batch norm and ReLU before the classifier."""
+class PreActResNet(Backbone, kw_only=True):
+    """A 3x3 convolution to 16 channels, three stages of blocks, batch norm and ReLU at the end."""
 
     stage_sizes: tuple[int, ...]  # blocks in each stage
     block: Callable[..., Any]  # PreActBlock or PreActBottleneck
     width: int = 16  # of the first stage
     kernel_init: Initializer = torch_uniform
-    head_bias_init: Initializer | None = None  # None: PyTorch's
     dropout_rate: float = 0.0  # between the convolutions of a wide block
 
     @nn.compact
-    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
-        layers, stages = self.layers(kernel_init=self.kernel_init), {}
+    def __call__(self, x: jax.Array, train: bool = False) -> Features:
+        make, stages = self.factory(kernel_init=self.kernel_init), {}
         extra = {"dropout_rate": self.dropout_rate} if self.dropout_rate else {}
-        x = layers.conv(16, 3, name="conv1")(x)
+        x = make.conv(16, 3, name="conv1")(x)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(layers, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(x, train)
+                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(x, train)
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
-        x = nn.relu(layers.norm(name="bn")(x, train))
-        logits = self.classify(layers, x, bias_init=self.head_bias_init)
-        return (logits, stages) if features else logits
+        return nn.relu(make.norm(name="bn")(x, train)), stages

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from simam_jax.layers import Initializer, he_normal
-from simam_jax.models.blocks import Layers
-from simam_jax.models.network import Network, Outputs
+from simam_jax.layers import Initializer, LayerFactory, he_normal
+from simam_jax.models.backbone import Backbone, Features
 from simam_jax.ops.pooling import max_pool
 
 
-class ResNet(Network, kw_only=True):
+class ResNet(Backbone, kw_only=True):
     """Stages of equal blocks; each stage but the first halves height and width, and each doubles the channels."""
 
     stage_sizes: tuple[int, ...]  # blocks in each stage
@@ -22,21 +21,20 @@ class ResNet(Network, kw_only=True):
     kernel_init: Initializer = he_normal
 
     @nn.compact
-    def compute(self, x: jax.Array, train: bool, features: bool) -> Outputs:
-        layers, stages = self.layers(kernel_init=self.kernel_init), {}
-        x = self._stem(layers, x, train)
+    def __call__(self, x: jax.Array, train: bool = False) -> Features:
+        make, stages = self.factory(kernel_init=self.kernel_init), {}
+        x = self._stem(make, x, train)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(layers, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train)
+                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train)
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
-        logits = self.classify(layers, x)
-        return (logits, stages) if features else logits
+        return x, stages
 
     @nn.nowrap
-    def _stem(self, layers: Layers, x: jax.Array, train: bool) -> jax.Array:
-        conv, norm, width = layers.conv, layers.norm, self.width
+    def _stem(self, make: LayerFactory, x: jax.Array, train: bool) -> jax.Array:
+        conv, norm, width = make.conv, make.norm, self.width
         if self.stem == "deep":
             x = nn.relu(norm(name="conv1_1")(conv(width // 2, 3, 2, name="conv1_0")(x), train))
             x = nn.relu(norm(name="conv1_4")(conv(width // 2, 3, name="conv1_3")(x), train))

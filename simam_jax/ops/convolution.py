@@ -1,30 +1,48 @@
-"""One convolution, lowered as each platform computes it fastest; values, gradients and their types are the same everywhere.
+"""Convolution, with forms for XLA:CPU, which computes some kinds of kernels and gradients many times slower than others.
 
-XLA's convolutions for GPUs and TPUs are left alone. Those for CPUs compute 1x1 kernels and the gradients of kernels several
-times slower than the same work written as matrix products, depthwise and grouped ones by orders of magnitude: here they
-are written so, 3x3 ones as Winograd did, inside `jax.lax.platform_dependent`. Small dense ones, and the values of small
-grouped ones, stay as they are: they would only take longer to compile.
+XLA's convolutions for GPUs and TPUs are left alone. On CPUs a convolution is of one of the kinds of `CPU_FORMS`, which has for each
+three functions of the same value: one computes the value, the transposes of the others the two gradients.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.export import is_symbolic_dim
 
-from simam_jax.ops.once import once
+from simam_jax.ops.dispatch import choose, compute_once
 from simam_jax.ops.parts import in_parts, part_size
 from simam_jax.ops.winograd import convolve_3x3
 
-Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # of x and the kernel
+CACHE = 2**23  # bytes: patches gathered at a time should stay in a CPU's caches
+SMALL = (
+    2**21
+)  # bytes of patches in all, up to which a dense convolution is left to XLA: other forms only compile longer
+FEW = 8  # channels, as of an image: patches of fewer are gathered a few numbers at a time
+BLOCK = 32  # channels that a matrix product on a CPU should at least have
 
-_PATCHES = 2**23  # bytes: patches gathered at a time on a CPU should stay in its caches
-_SMALL = 2**21  # bytes of patches in all, up to which a convolution is small
-_FEW = 8  # channels, as of an image: patches of fewer are gathered a few numbers at a time
-_BLOCK = 32  # channels that a matrix product on a CPU should at least have
+
+class Geometry(NamedTuple):
+    """How a kernel is moved over a map."""
+
+    stride: int
+    padding: int
+    groups: int
+
+
+Bilinear = Callable[[jax.Array, jax.Array], jax.Array]  # x, kernel -> y
+Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+
+
+class Forms(NamedTuple):
+    """How a kind of convolution is computed: `value`, and what the gradients are the transposes of (None: of `value`)."""
+
+    value: Form
+    kernel_gradient: Form | None = None
+    input_gradient: Form | None = None
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
@@ -33,40 +51,48 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     Returns:
         (N, (H + 2 * padding - K) // stride + 1, the same of W, O), in x's dtype, which is the kernel's too.
     """
-    geometry = {"stride": stride, "padding": padding}
-    xla = partial(_xla, **geometry, groups=groups)
-
-    def lowered(on_cpu: Bilinear) -> Bilinear:
-        return lambda x, kernel: lax.platform_dependent(x, kernel, cpu=on_cpu, default=xla)
-
-    if any(map(is_symbolic_dim, x.shape)):  # how large a size of jax.export is cannot be asked
-        return xla(x, kernel)
-    if kernel.shape[0] == 1 and groups == 1 and padding == 0:
-        return lowered(partial(_product, stride=stride))(x, kernel)
-    if groups == x.shape[3] == kernel.shape[3]:
-        forms = (partial(form, **geometry) for form in (_sum_of_taps, _tap_by_tap, _spread_taps))
-        return _with_gradient(*map(lowered, forms))(x, kernel)
-    small = x.shape[0] * _patch_bytes(x, kernel, **geometry) <= _SMALL
-    if small and groups == 1:
-        return xla(x, kernel)
-    precise = jnp.finfo(x.dtype).bits >= 32  # narrower types have too few digits for Winograd's sums
-    winograd = precise and kernel.shape[:2] == (3, 3) and stride == padding == 1
-    on_cpu = _by_tiles if winograd else partial(_by_patches, **geometry)
-    if groups > 1:
-        blocks = lowered(partial(_in_blocks, groups=groups, dense=on_cpu))
-        return (_with_gradient(xla, blocks, blocks) if small else blocks)(x, kernel)
-    if x.shape[3] >= _FEW:
-        return lowered(on_cpu)(x, kernel)
-    sums, columns, patches = (lowered(partial(form, **geometry)) for form in (_sum_of_taps, _by_columns, _by_patches))
-    # Of a large kernel the sum has so many terms that XLA's value is faster.
-    return _with_gradient(sums if kernel.shape[0] <= 3 else xla, columns, patches)(x, kernel)
+    return choose(x, _xla, cpu=_on_cpu)(x, kernel, Geometry(stride, padding, groups))
 
 
-def _with_gradient(value: Bilinear, in_kernel: Bilinear, in_x: Bilinear | None = None) -> Bilinear:
-    """`value`, with gradients by the transposes of other forms of the same function: in the kernel, and in x."""
+def _on_cpu(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return cpu_form(_kind(x, kernel, geometry), geometry)(x, kernel)
+
+
+def cpu_form(kind: str, geometry: Geometry) -> Bilinear:
+    """The convolution as a CPU computes one of that kind, a key of `CPU_FORMS`."""
+
+    def bound(form: Form) -> Bilinear:
+        return lambda x, kernel: form(x, kernel, geometry)
+
+    value, *gradients = CPU_FORMS[kind]
+    return _with_gradients(bound(value), *(bound(form or value) for form in gradients))
+
+
+def _kind(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str:
+    """A key of `CPU_FORMS`."""
+    size, channels = kernel.shape[0], x.shape[3]
+    small = x.shape[0] * _patch_bytes(x, kernel, geometry) <= SMALL
+    if geometry.groups == channels == kernel.shape[3]:
+        return "depthwise"
+    if geometry.groups > 1:
+        return "small grouped" if small else "grouped"
+    if size == 1 and geometry.padding == 0:
+        return "pointwise"
+    if small:
+        return "small"
+    if channels < FEW:
+        return "image" if size > 3 else "image 3x3"
+    # Narrower types have too few digits for Winograd's sums.
+    if size == 3 and geometry.stride == geometry.padding == 1 and jnp.finfo(x.dtype).bits >= 32:
+        return "3x3"
+    return "dense"
+
+
+def _with_gradients(value: Bilinear, kernel_gradient: Bilinear, input_gradient: Bilinear) -> Bilinear:
+    """`value`, with gradients by the transposes of other forms of the same function."""
 
     @jax.custom_jvp
-    def f(x, kernel):
+    def f(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return value(x, kernel)
 
     @partial(f.defjvp, symbolic_zeros=True)
@@ -74,15 +100,17 @@ def _with_gradient(value: Bilinear, in_kernel: Bilinear, in_x: Bilinear | None =
         (x, kernel), (dx, dkernel) = primals, tangents
         terms = []
         if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-            terms.append((in_x or value)(dx, kernel))
+            terms.append(input_gradient(dx, kernel))
         if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
-            terms.append(in_kernel(x, dkernel))
+            terms.append(kernel_gradient(x, dkernel))
         return f(x, kernel), sum(terms[1:], start=terms[0])
 
     return f
 
 
-def _xla(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: int = 1) -> jax.Array:
+def _xla(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """XLA's own convolution."""
+    stride, padding, groups = geometry
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -93,34 +121,34 @@ def _xla(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: 
     )
 
 
-def _product(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """A 1x1 convolution as a matrix product of two dimensions: of more, XLA would transpose y's gradient element by element."""
-    x = x[:, ::stride, ::stride]
-    return _times(x.reshape(-1, x.shape[3]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+def _pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A 1x1 convolution as a 2-D matrix product: with a 4-D dot_general XLA:CPU transposes the cotangent elementwise."""
+    x = x[:, :: geometry.stride, :: geometry.stride]
+    return _matmul(x.reshape(-1, x.shape[3]), kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
-def _times(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+def _matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """rows (M, C) @ kernel (C, O), with the kernel's gradient as the product whose left factor is the narrower one.
 
-    Over many rows XLA for CPUs sums such products up to twice as fast; the barrier keeps it from choosing the other.
+    Over many rows XLA:CPU sums such products up to twice as fast; the barrier keeps it from choosing the other.
     """
 
     def transposed(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.dot_general(rows, lax.optimization_barrier(kernel.T), (((1,), (1,)), ((), ())))
 
     inputs, outputs = kernel.shape
-    return (_with_gradient(jnp.matmul, transposed) if inputs > outputs else jnp.matmul)(rows, kernel)
+    return _with_gradients(jnp.matmul, transposed if inputs > outputs else jnp.matmul, jnp.matmul)(rows, kernel)
 
 
-def _places(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> tuple[int, int]:
+def output_size(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> tuple[int, int]:
     """Height and width of the result."""
-    height, width = ((n + 2 * padding - kernel.shape[0]) // stride + 1 for n in x.shape[1:3])
+    height, width = ((n + 2 * geometry.padding - kernel.shape[0]) // geometry.stride + 1 for n in x.shape[1:3])
     return height, width
 
 
-def _patch_bytes(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> int:
-    """Bytes of what the kernel sees of one image, over all its places."""
-    height, width = _places(x, kernel, stride, padding)
+def _patch_bytes(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> int:
+    """Bytes of all patches of one image that the kernel is multiplied with."""
+    height, width = output_size(x, kernel, geometry)
     return height * width * kernel.shape[0] ** 2 * x.shape[3] * x.dtype.itemsize
 
 
@@ -129,72 +157,69 @@ def _pad(x: jax.Array, padding: int) -> jax.Array:
 
 
 def _tap(padded: jax.Array, place: tuple[int, int], result: tuple[int, int], stride: int) -> jax.Array:
-    """What the place (i, j) of a kernel sees of x, (N, H', W', C), or of planes (C, H', W')."""
+    """What the place (i, j) of a kernel is multiplied with, (N, H', W', C)."""
     (i, j), (height, width) = place, result
     return padded[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
 
 
-def _by_patches(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """A convolution as matrix products of the kernel with gathered patches."""
+def _im2col(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Matrix products of the kernel with gathered patches, a patch a row."""
     size, _, inputs, outputs = kernel.shape
-    result = _places(x, kernel, stride, padding)
+    result = output_size(x, kernel, geometry)
 
     def some(images: jax.Array) -> jax.Array:
-        images = _pad(images, padding)
-        patches = [_tap(images, place, result, stride) for place in np.ndindex(size, size)]
+        images = _pad(images, geometry.padding)
+        patches = [_tap(images, place, result, geometry.stride) for place in np.ndindex(size, size)]
         rows = jnp.concatenate(patches, -1).reshape(-1, size * size * inputs)
         return (rows @ kernel.reshape(-1, outputs)).reshape(-1, *result, outputs)
 
-    return _cached(some, x, _patch_bytes(x, kernel, stride, padding))
+    return _in_cache(some, x, _patch_bytes(x, kernel, geometry))
 
 
-def _by_columns(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """The same, image by image, with a patch a column: each of its numbers is gathered over a whole row of places.
-
-    For the kernel's gradient, which takes such columns as they are; the value would transpose them.
-    """
-    result = _places(x, kernel, stride, padding)
-    matrix = kernel.reshape(-1, kernel.shape[3])
+def _im2col_columns(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """The same image by image with a patch a column: each of its numbers is gathered over a whole row of places."""
+    result = output_size(x, kernel, geometry)
+    matrix, padding = kernel.reshape(-1, kernel.shape[3]), geometry.padding
 
     def one(image: jax.Array) -> jax.Array:
         planes = jnp.pad(jnp.moveaxis(image, 2, 0), ((0, 0), (padding, padding), (padding, padding)))
-        taps = [_tap(planes, place, result, stride) for place in np.ndindex(kernel.shape[:2])]
+        taps = [_tap(planes, place, result, geometry.stride) for place in np.ndindex(kernel.shape[:2])]
         columns = jnp.concatenate(taps).reshape(len(matrix), -1)
         return (columns.T @ matrix).reshape(*result, -1)
 
     return lax.map(jax.checkpoint(one, prevent_cse=False), x)
 
 
-def _by_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _winograd(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:  # noqa: ARG001 (3x3, stride 1)
     """A 3x3 convolution by Winograd's tiles."""
     tile_bytes = 4 * x[0].size * x.dtype.itemsize  # 4x4 numbers for every 2x2
-    return _cached(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
+    return _in_cache(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
 
 
-def _cached(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int) -> jax.Array:
-    """f, so many images at a time that what it gathers stays in a CPU's caches; for the gradient only x is kept."""
-    return in_parts(jax.checkpoint(f, prevent_cse=False), x, part_size(x.shape[0], _PATCHES // bytes_each))
+def _in_cache(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int) -> jax.Array:
+    """f, so many images at a time that what it gathers fits a CPU's caches; for the gradient only x is kept."""
+    return in_parts(jax.checkpoint(f, prevent_cse=False), x, part_size(x.shape[0], CACHE // bytes_each))
 
 
-def _sum_of_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """A depthwise convolution, or one of few channels, as a sum of shifted products: XLA fuses it into one loop over the result."""
+def _depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A depthwise convolution, or one of few channels, as a sum of shifted products, fused into one loop over the result."""
     size, _, inputs, _ = kernel.shape
-    result = _places(x, kernel, stride, padding)
+    result = output_size(x, kernel, geometry)
 
     def taps(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         # A depthwise kernel has one input, and tap[..., 0::1] is the whole tap; of others each channel meets all outputs.
         first, *others = (
-            _tap(padded, (i, j), result, stride)[..., c::inputs] * kernel[i, j, c]
+            _tap(padded, (i, j), result, geometry.stride)[..., c::inputs] * kernel[i, j, c]
             for i, j, c in np.ndindex(size, size, inputs)
         )
         return sum(others, start=first)
 
-    return once(taps, _pad(x, padding), kernel, after=kernel)
+    return compute_once(taps, _pad(x, geometry.padding), kernel, after=kernel)
 
 
-def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+def _depthwise_kernel_gradient(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """The same as a loop over the places of the kernel: its transpose in the kernel is one reduction, compiled once."""
-    padded, (height, width) = _pad(x, padding), _places(x, kernel, stride, padding)
+    stride, padded, (height, width) = geometry.stride, _pad(x, geometry.padding), output_size(x, kernel, geometry)
     window = (x.shape[0], (height - 1) * stride + 1, (width - 1) * stride + 1, x.shape[3])
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -209,28 +234,31 @@ def _tap_by_tap(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
     return lax.scan(add, nothing, (places, kernel.reshape(-1, x.shape[3])))[0]
 
 
-def _spread_taps(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
-    """The same, each tap put where it counts: its transpose in x is a sum of taps of y's gradient, fused like the value."""
-    size, result = kernel.shape[0], _places(x, kernel, stride, padding)
+def _depthwise_input_gradient(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """The same in scatter form: its transpose in x is a fused sum of shifted products."""
+    size, result = kernel.shape[0], output_size(x, kernel, geometry)
 
     def taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
         spread = [
             jnp.pad(x * kernel[i, j], ((0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)))
             for i, j in np.ndindex(kernel.shape[:2])
         ]
-        return _tap(sum(spread[1:], start=spread[0]), (size - 1 - padding, size - 1 - padding), result, stride)
+        first = size - 1 - geometry.padding
+        return _tap(sum(spread[1:], start=spread[0]), (first, first), result, geometry.stride)
 
-    return once(taps, x, kernel, after=kernel)
+    return compute_once(taps, x, kernel, after=kernel)
 
 
-def _in_blocks(x: jax.Array, kernel: jax.Array, *, groups: int, dense: Bilinear) -> jax.Array:
+def _grouped(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """A grouped convolution as dense ones of some groups each: with the few channels of one, products are slow."""
-    size, _, inputs, outputs = kernel.shape
-    blocks = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or x.shape[3] // n >= _BLOCK))
+    groups, (size, _, inputs, outputs) = geometry.groups, kernel.shape
+    blocks = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or x.shape[3] // n >= BLOCK))
     split_kernel = jnp.moveaxis(kernel.reshape(size * size, inputs, blocks, -1), 2, 0)
     kernels = jax.vmap(partial(_block_diagonal, groups=groups // blocks))(split_kernel)
     kernels = kernels.reshape(blocks, size, size, -1, outputs // blocks)
     split_x = jnp.moveaxis(x.reshape(*x.shape[:3], blocks, -1), 3, 0)
+    precise_3x3 = size == 3 and geometry.stride == geometry.padding == 1 and jnp.finfo(x.dtype).bits >= 32
+    dense = partial(_winograd if precise_3x3 else _im2col, geometry=geometry._replace(groups=1))
     y = jnp.moveaxis(lax.map(lambda block: dense(*block), (split_x, kernels)), 0, 3)
     return y.reshape(*y.shape[:3], outputs)
 
@@ -240,3 +268,18 @@ def _block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
     _, inputs, outputs = kernel.shape
     inside = np.kron(np.eye(groups), np.ones((inputs, outputs // groups)))
     return jnp.tile(kernel, (1, groups, 1)) * inside.astype(kernel.dtype)
+
+
+CPU_FORMS = {
+    "pointwise": Forms(_pointwise),
+    "depthwise": Forms(_depthwise, _depthwise_kernel_gradient, _depthwise_input_gradient),
+    "3x3": Forms(_winograd),
+    "dense": Forms(_im2col),
+    "small": Forms(_xla),
+    "image": Forms(
+        _xla, _im2col_columns, _im2col
+    ),  # of a large kernel a sum has so many terms that XLA's value is faster
+    "image 3x3": Forms(_depthwise, _im2col_columns, _im2col),
+    "grouped": Forms(_grouped),
+    "small grouped": Forms(_xla, _grouped, _grouped),
+}

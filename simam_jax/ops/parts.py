@@ -1,10 +1,15 @@
-"""A batch in parts, one after the other: on CPUs, where what is computed of a few images stays in the caches."""
+"""A batch in parts, one after the other: on CPUs, what is computed of a few images stays in the caches."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from jax import lax
+
+from simam_jax.ops.dispatch import choose
+
+PIXELS = 2**19  # of images whose maps stay in a CPU's caches: eight of 224 x 224
 
 
 def part_size(count: int, most: float) -> int:
@@ -16,3 +21,21 @@ def in_parts(f: Callable[[jax.Array], Any], x: jax.Array, size: int) -> Any:
     """f(x) of x (N, ...), `size` images at a time; f returns arrays (n, ...) of n images."""
     parts = lax.map(f, x.reshape(-1, size, *x.shape[1:]))
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
+
+
+def apply_in_parts(f: Callable[[jax.Array], Any], images: jax.Array) -> Any:
+    """f(images) for inference: on CPUs so few images of a large batch at a time that their maps stay in the caches.
+
+    Args:
+        f: from images (n, H, W, C) to arrays with a row an image, each of which depends on its own image alone.
+        images: (N, H, W, C).
+    """
+    return choose(images, f, cpu=partial(_in_cached_parts, f))(images)
+
+
+def _in_cached_parts(f: Callable[[jax.Array], Any], images: jax.Array) -> Any:
+    count, height, width, _ = images.shape
+    most = max(PIXELS / max(height * width, 1), 1)
+    size = part_size(count, most)
+    # Parts of half that size or less, of a batch that divides badly, would be slower than the whole.
+    return f(images) if size == count or size <= most / 2 else in_parts(f, images, size)

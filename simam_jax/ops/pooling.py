@@ -1,4 +1,4 @@
-"""Pooling; max pooling and its gradient as each platform computes them fastest."""
+"""Pooling of maps."""
 
 from typing import Any
 
@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.export import is_symbolic_dim
 
-from simam_jax.layers import at_least_float32
-from simam_jax.ops.windows import overlapping
+from simam_jax.ops.dispatch import choose
+from simam_jax.ops.moments import at_least_float32
 
 
 @jax.custom_jvp
@@ -18,19 +17,14 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Of equal values the first in reading order has the gradient, as in PyTorch.
     """
-    if any(map(is_symbolic_dim, x.shape)):  # jax.export's targets know no conditionals
-        return _by_windows(x)
-    return lax.platform_dependent(x, cpu=_by_slices, default=_by_windows)
+    return _by_windows(x)
 
 
 @max_pool.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    def tangent(pool):
-        return lambda x, dx: jax.jvp(pool, (x,), (dx,))[1]
-
-    # XLA for CPUs looks for the winner with the coordinates of every element beside it.
-    on_cpu, default = tangent(_by_axes), tangent(_by_windows)
-    return max_pool(*primals), lax.platform_dependent(*primals, *tangents, cpu=on_cpu, default=default)
+    # XLA:CPU looks for the winner with the coordinates of every element beside it.
+    form = choose(primals[0], _by_windows, cpu=_by_axes)
+    return max_pool(*primals), jax.jvp(form, primals, tangents)[1]
 
 
 def _by_windows(x: jax.Array) -> jax.Array:
@@ -38,35 +32,32 @@ def _by_windows(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
-def _by_slices(x: jax.Array) -> jax.Array:
-    """The same as maxima of whole arrays, first over rows: XLA for CPUs fuses these with what computes x."""
-    return _largest_of_three(_largest_of_three(x, axis=1), axis=2)
-
-
-def _largest_of_three(x: jax.Array, axis: int) -> jax.Array:
-    even, odd = (lax.slice_in_dim(x, first, None, 2, axis) for first in (0, 1))
-    before, after = ([(0, 0, 0)] * x.ndim for _ in range(2))
-    before[axis] = (1, x.shape[axis] % 2 - 1, 0)
-    after[axis] = (0, x.shape[axis] % 2, 0)
-    nothing = jnp.array(-jnp.inf, x.dtype)
-    return jnp.maximum(jnp.maximum(lax.pad(odd, nothing, before), even), lax.pad(odd, nothing, after))
-
-
 def _by_axes(x: jax.Array) -> jax.Array:
-    """The same, first within rows and then over them, as choices between whole arrays, whose gradient is the first's."""
+    """The same, first within rows and then over them, as selects between whole arrays, whose gradient is the first's."""
     return _pool_axis(_pool_axis(x, axis=2), axis=1)
 
 
 def _pool_axis(x: jax.Array, axis: int) -> jax.Array:
     border = [(0, 0)] * x.ndim
     border[axis] = (1, 1 + x.shape[axis] % 2)
-    best, *others, _ = overlapping(jnp.pad(x, border, constant_values=-jnp.inf), axis)
+    best, *others, _ = windows_of_four(jnp.pad(x, border, constant_values=-jnp.inf), axis)
     for other in others:
         best = jnp.where(other > best, other, best)
     return best
 
 
-def halve(x: jax.Array) -> jax.Array:
+def windows_of_four(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The elements 0 to 3 of the windows of four, two apart, along an axis of even length n: n / 2 - 1 windows.
+
+    Split and sliced rather than strided: the transpose then joins and adds, without zeros in between.
+    """
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    even, odd = (half.squeeze(axis + 1) for half in jnp.split(pairs, 2, axis + 1))
+    last = even.shape[axis] - 1
+    return [lax.slice_in_dim(half, start, start + last, axis=axis) for start in (0, 1) for half in (even, odd)]
+
+
+def average_pool_2x2(x: jax.Array) -> jax.Array:
     """2x2 average pooling at stride 2, (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), C).
 
     The last window of an odd edge averages what is there.

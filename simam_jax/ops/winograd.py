@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from simam_jax.ops.windows import overlapping
+from simam_jax.ops.pooling import windows_of_four
 
 Arrays = Sequence[jax.Array]
 
@@ -19,25 +19,27 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     count, height, width, channels = x.shape
     rows, columns = (height + 1) // 2, (width + 1) // 2  # of tiles
     x = jnp.pad(x, ((0, 0), (1, 2 * rows + 1 - height), (1, 2 * columns + 1 - width), (0, 0)))
-    along_columns = [_of_kernel([row[0], row[1], row[2]]) for row in _of_kernel([kernel[0], kernel[1], kernel[2]])]
-    tiles = [_of_input(overlapping(row, axis=2)) for row in _of_input(overlapping(x, axis=1))]
+    along_columns = [
+        _kernel_transform([row[0], row[1], row[2]]) for row in _kernel_transform([kernel[0], kernel[1], kernel[2]])
+    ]
+    tiles = [_input_transform(windows_of_four(row, axis=2)) for row in _input_transform(windows_of_four(x, axis=1))]
     products = [
         [tile.reshape(-1, channels) @ weights for tile, weights in zip(*pair, strict=True)]
         for pair in zip(tiles, along_columns, strict=True)
     ]
-    left, right = zip(*(_of_products(row) for row in products), strict=True)
-    halves = [jnp.stack(pair, 1) for pair in zip(_of_products(left), _of_products(right), strict=True)]
+    left, right = zip(*(_output_transform(row) for row in products), strict=True)
+    halves = [jnp.stack(pair, 1) for pair in zip(_output_transform(left), _output_transform(right), strict=True)]
     y = jnp.stack([half.reshape(count, rows, 2 * columns, -1) for half in halves], 2)
     return y.reshape(count, 2 * rows, 2 * columns, -1)[:, :height, :width]
 
 
-def _of_input(d: Arrays) -> Arrays:
+def _input_transform(d: Arrays) -> Arrays:
     return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
-def _of_kernel(g: Arrays) -> Arrays:
+def _kernel_transform(g: Arrays) -> Arrays:
     return [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]]
 
 
-def _of_products(m: Arrays) -> Arrays:
+def _output_transform(m: Arrays) -> Arrays:
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]

@@ -1,0 +1,166 @@
+"""The networks by name, with what each was made for: `create_model(name, ...)`, `create_backbone(name, ...)`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from simam_jax import errors
+from simam_jax.attention import KINDS
+from simam_jax.layers import Linear, he_normal, torch_uniform
+from simam_jax.models.backbone import Backbone
+from simam_jax.models.blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
+from simam_jax.models.classifier import Classifier
+from simam_jax.models.mobilenet_v2 import MobileNetLinear, MobileNetV2
+from simam_jax.models.preact_resnet import PreActResNet
+from simam_jax.models.resnet import ResNet
+from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What stands behind a name.
+
+    Attributes:
+        backbone: makes the backbone.
+        head: makes the head of a classifier.
+        num_classes: of the data set that the reference implementation trains it on; for CIFAR's networks of CIFAR-10.
+        preprocessing: what the reference implementation feeds it with.
+        e_lambda: SimAM's lambda there.
+    """
+
+    backbone: Callable[..., Backbone]
+    head: Callable[..., nn.Module] = Linear
+    num_classes: int = 1000
+    preprocessing: Preprocessing = IMAGENET
+    e_lambda: float = 0.1
+
+
+_Cifar = partial(Architecture, num_classes=10, preprocessing=CIFAR, e_lambda=1e-4)
+_ResNeXtBottleneck = partial(Bottleneck, groups=32, group_width=4)
+_CifarResNet = partial(ResNet, width=16, stem="3x3", kernel_init=torch_uniform)
+_WideResNet = partial(
+    PreActResNet, block=partial(PreActBlock, wide=True), width=160, dropout_rate=0.3, kernel_init=he_normal
+)
+_wide_resnet = replace(_Cifar(_WideResNet), head=partial(Linear, bias_init=nn.initializers.zeros))
+# depth: blocks in each of the three stages, of basic and of bottleneck blocks
+_CIFAR_DEPTHS = {20: (3, 3), 32: (5, 5), 56: (9, 6), 110: (18, 12), 164: (27, 18)}
+
+MODELS: dict[str, Architecture] = {
+    "resnet18": Architecture(partial(ResNet, block=BasicBlock, stage_sizes=(2, 2, 2, 2))),
+    "resnet34": Architecture(partial(ResNet, block=BasicBlock, stage_sizes=(3, 4, 6, 3))),
+    "resnet50": Architecture(partial(ResNet, block=Bottleneck, stage_sizes=(3, 4, 6, 3))),
+    "resnet101": Architecture(partial(ResNet, block=Bottleneck, stage_sizes=(3, 4, 23, 3))),
+    "resnet152": Architecture(partial(ResNet, block=Bottleneck, stage_sizes=(3, 8, 36, 3))),
+    "resnet50d": Architecture(
+        partial(ResNet, block=partial(Bottleneck, pool=True), stage_sizes=(3, 4, 6, 3), stem="deep")
+    ),
+    "resnext50_32x4d": Architecture(partial(ResNet, block=_ResNeXtBottleneck, stage_sizes=(3, 4, 6, 3))),
+    "mobilenet_v2": Architecture(MobileNetV2, head=MobileNetLinear),
+    "cifar_mobilenet_v2": _Cifar(partial(MobileNetV2, cifar=True)),
+    "cifar_wideresnet28x10": replace(_wide_resnet, backbone=partial(_WideResNet, stage_sizes=(4, 4, 4))),
+    "cifar_wideresnet40x10": replace(_wide_resnet, backbone=partial(_WideResNet, stage_sizes=(6, 6, 6))),
+}
+for _depth, (_basic, _bottleneck) in _CIFAR_DEPTHS.items():
+    MODELS |= {
+        f"cifar_resnet{_depth}": _Cifar(partial(_CifarResNet, block=BasicBlock, stage_sizes=3 * (_basic,))),
+        f"cifar_resnet{_depth}_bottleneck": _Cifar(
+            partial(_CifarResNet, block=Bottleneck, stage_sizes=3 * (_bottleneck,))
+        ),
+        f"cifar_preresnet{_depth}": _Cifar(partial(PreActResNet, block=PreActBlock, stage_sizes=3 * (_basic,))),
+        f"cifar_preresnet{_depth}_bottleneck": _Cifar(
+            partial(PreActResNet, block=PreActBottleneck, stage_sizes=3 * (_bottleneck,))
+        ),
+    }
+
+ATTENTIONS = ("none", *KINDS)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows."""
+    return list(MODELS)
+
+
+def create_model(name: str, *, num_classes: int | None = None, **settings: Any) -> Classifier:
+    """The classifier of that name, to be used as `models.classifier.Classifier` says.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: the number of logits; None: 1,000 for ImageNet's networks, 10 for CIFAR's.
+        settings: as for `create_backbone`.
+
+    Raises:
+        UserError: a name that is in no table, or a number out of range.
+    """
+    backbone = create_backbone(name, **settings)
+    if num_classes is None:
+        num_classes = MODELS[name].num_classes
+    if num_classes < 1:
+        raise errors.UserError(f"num_classes must be at least 1, got {num_classes}.")
+    return Classifier(architecture=name, backbone=backbone, num_classes=num_classes, head=MODELS[name].head)
+
+
+def create_backbone(
+    name: str,
+    *,
+    attention: str = "simam",
+    attention_param: float | None = None,
+    dtype: DTypeLike = jnp.float32,
+    bn_group_size: int = 0,
+    axis_name: str | None = None,
+) -> Backbone:
+    """The network of that name without its head, to be used as `models.backbone.Backbone` says.
+
+    Args:
+        name: one of `list_models()`.
+        attention: none, simam, se or cbam, placed in the blocks as the reference implementation places it.
+        attention_param: lambda for simam, the reduction for se and cbam. None: the paper's, which is lambda 0.1 for
+            ImageNet's networks and 1e-4 for CIFAR's, and a reduction of 16.
+        dtype: of the computation: float32, bfloat16, float16, or float64 (with jax_enable_x64).
+        bn_group_size: images per batch-norm statistic in training; 0: all of one device. See `layers.BatchNorm`.
+        axis_name: the mesh axis of a surrounding `jax.shard_map`, over which training batches are sharded.
+
+    Raises:
+        UserError: a name that is in no table, or a number out of range.
+    """
+    if name not in MODELS:
+        raise errors.unknown("model", name, MODELS)
+    if attention not in ATTENTIONS:
+        raise errors.unknown("attention", attention, ATTENTIONS)
+    if bn_group_size < 0:
+        raise errors.UserError(f"bn_group_size must be 0 (the images of one device) or more, got {bn_group_size}.")
+    return MODELS[name].backbone(
+        attention=attention,
+        attention_param=_attention_param(MODELS[name], attention, attention_param),
+        dtype=_dtype(dtype),
+        bn_group_size=bn_group_size,
+        axis_name=axis_name,
+    )
+
+
+def _attention_param(architecture: Architecture, attention: str, value: float | None) -> float:
+    if attention == "none":
+        return 0.0
+    if value is None:
+        value = architecture.e_lambda if attention == "simam" else 16.0
+    if attention == "simam" and not 0 < value < float("inf"):
+        raise errors.UserError(f"SimAM's lambda (attention_param) must be positive and finite, got {value}.")
+    if attention != "simam" and not (value >= 1 and float(value).is_integer()):
+        raise errors.UserError(
+            f"The reduction of {attention} (attention_param) must be a whole number >= 1, got {value}."
+        )
+    return float(value)
+
+
+def _dtype(value: DTypeLike) -> jnp.dtype:
+    name = value if isinstance(value, str) else jnp.dtype(value).name
+    if name not in DTYPES:
+        raise errors.unknown("dtype", name, DTYPES)
+    if name == "float64" and jnp.result_type(float) != jnp.float64:
+        raise errors.UserError("dtype float64 needs JAX's 64-bit mode: set JAX_ENABLE_X64=1 in the environment.")
+    return jnp.dtype(name)

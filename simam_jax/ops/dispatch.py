@@ -1,0 +1,62 @@
+"""Which form of an operation a platform runs.
+
+Every operation in `ops/` has one definition. Another form of it, for one platform, computes the same under jit, grad, vmap,
+shard_map and export, and stands here because `python -m benchmarks.lowerings` shows what it wins (see ops/README.md).
+
+The form is chosen while an operation is traced, for the platform of this process. What is exported from a machine for
+another one is therefore right everywhere, and written for the machine it comes from; with symbolic sizes, as our exporter
+has them, it is written in the default forms.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.export import is_symbolic_dim
+
+_target: str | None = None
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """For the body, forms are chosen for `platform` (cpu, gpu, tpu) instead of this process's.
+
+    For compiling ahead for a device that is not here. Functions that jax.jit has traced already keep their forms.
+    """
+    global _target
+    previous, _target = _target, platform
+    try:
+        yield
+    finally:
+        _target = previous
+
+
+def choose(x: jax.Array, default: Callable, **forms: Callable) -> Callable:
+    """The form for x: `forms[platform]`, or `default` on other platforms and where a size of x is symbolic.
+
+    The sizes are what forms decide by, and those of jax.export's symbolic shapes cannot be asked for.
+    """
+    if is_symbolic(x):
+        return default
+    return forms.get(_target or jax.default_backend(), default)
+
+
+def is_symbolic(x: jax.Array) -> bool:
+    """Whether x has a size that is one of jax.export's symbols."""
+    return any(map(is_symbolic_dim, x.shape))
+
+
+def compute_once(f: Callable[..., jax.Array], *inputs: jax.Array, after: jax.Array) -> jax.Array:
+    """f(*inputs), computed once and kept in memory, and only when `after`, of any floating values, is there.
+
+    XLA:CPU computes cheap functions again in everything that reads them, and removes `optimization_barrier` before it decides
+    that. It does not fuse across a conditional. Both branches of this one are f.
+    """
+    return lax.cond(after[(0,) * after.ndim] == 0, f, f, *inputs)
+
+
+def barrier_after(x: Any, *numbers: jax.Array) -> Any:
+    """x, an array or a tuple of arrays, once the numbers are there: what was computed from x before is then recomputed, not stored."""
+    return lax.optimization_barrier((x, numbers))[0]
