@@ -23,7 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         ([*DIGITS, "--mode", "evaluate"], "<train|eval|check>"),
         ([*DIGITS, "batch_size=3"], "settings are given as --config.FIELD=VALUE"),
         ([*DIGITS, "--config.model.name=resnet51"], "Unknown model 'resnet51'"),
-        ([*DIGITS, "--config.batch_size=0"], "take a multiple of"),
+        ([*DIGITS, "--config.batch_size=0"], "it must be at least 1"),
         ([*DIGITS, "--workdir", "train.py/run"], "cannot be written"),
         (DIGITS[:0], "--config"),
     ],

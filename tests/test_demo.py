@@ -24,6 +24,7 @@ from trained import preprocessing, variables_of, write_workdir
 
 import simam_jax
 from simam_jax import demo
+from simam_jax.classification.predictions import SHOWN
 from simam_jax.inference import Predictor
 from simam_jax.ops.images import normalize
 
@@ -105,7 +106,7 @@ def test_an_image_gets_its_top_five_and_where_the_attention_is(address, predicto
     np.testing.assert_allclose(seen["range"], [heat.min(), heat.max()], rtol=1e-4)
     assert seen["range"][0] < seen["range"][1]
     shown, attention = decoded(seen["image"]), decoded(seen["attention"])
-    assert shown.size == attention.size == (demo.SHOWN, demo.SHOWN)
+    assert shown.size == attention.size == (SHOWN, SHOWN)
     back = np.asarray(shown.resize((16, 16), Image.Resampling.BOX)).astype(int)
     assert np.abs(back - pixels).mean() < 8
 
@@ -233,7 +234,7 @@ def test_the_page_in_a_browser(address, predictor, tmp_path):
         assert element("layer").text == "layer3_2"
         for picture in ("image", "attention"):
             loaded = "return arguments[0].complete && arguments[0].naturalWidth"
-            assert driver.execute_script(loaded, element(picture)) == demo.SHOWN
+            assert driver.execute_script(loaded, element(picture)) == SHOWN
         assert not driver.get_log("browser")
 
         driver.execute_script(drop, "notes.jpg", "no image")
