@@ -38,10 +38,9 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
 
 
 def missing_package(package: str, extra: str, what: str = "This") -> UserError:
-    """The error for a package that is not installed: names the extra of this package that brings it."""
+    """The error for a package that is not installed: names the extra that brings it. `what` needs it."""
     return UserError(
-        f"{what} needs {package}, which is not installed: pip install 'simam-jax[{extra}]', or in a checkout "
-        f"pip install '.[{extra}]'."
+        f"{what} needs {package}: pip install 'simam-jax[{extra}]' (in a checkout: pip install '.[{extra}]')."
     )
 
 
