@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 import simam_jax
 from simam_jax import checkpoints, models, visualize
@@ -19,8 +18,6 @@ from simam_jax.inference import Predictor
 from simam_jax.models import init_variables
 from simam_jax.models.blocks import BasicBlock
 from simam_jax.models.resnet import ResNet
-
-pytestmark = pytest.mark.slow
 
 SPEC = {"name": "tiny", "num_classes": 3, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = ["a temple", "a flower", "a cat"]
@@ -52,15 +49,6 @@ def _write_workdirs(tmp_path_factory):
     return folders
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """The paths of two."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for name, pixels in zip(("temple.jpg", "flower.jpg"), load_sample_images().images, strict=True):
-        Image.fromarray(pixels).save(folder / name)
-    return [str(folder / "temple.jpg"), str(folder / "flower.jpg")]
-
-
 def drawn_and_named(path):
     """The pictures in an SVG and the texts, which matplotlib leaves beside their outlines as comments."""
     parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
@@ -80,6 +68,7 @@ def network64(tiny_network):
         return model, variables, images, stages
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_weights_are_those_of_what_goes_into_each_layer(network64):
     model, variables, images, _ = network64
@@ -130,6 +119,7 @@ def test_grad_cam_of_the_last_stage_is_the_classifier_s_weights_at_each_position
     np.testing.assert_allclose(explain.grad_cam(model, variables, images, 7)[1], wanted[1], atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_grad_cam_of_an_inner_stage_is_that_of_finite_differences(network64):
     model, variables, images, stages = network64
@@ -186,6 +176,17 @@ def test_the_overlay_is_brightest_where_the_heat_is_highest():
         figures.overlay(pixels / 255, heat)
 
 
+def test_a_panel_without_positive_evidence_says_so():
+    heat = np.stack([np.eye(4), np.zeros((4, 4))])
+    figure = figures.grad_cam_figure(
+        np.zeros((2, 32, 32, 3), np.uint8), {"SimAM": heat}, {"SimAM": ["a cat: 9.0 %", "a dog: 1.0 %"]}, ["1", "2"]
+    )
+    texts = [text.get_text() for text in figure.texts]
+    assert "SimAM\na cat: 9.0 %" in texts
+    assert "SimAM\na dog: 1.0 %\nno positive evidence" in texts
+
+
+@pytest.mark.slow
 def test_attention_as_png_and_svg(workdirs, photographs, tmp_path):
     command = ["attention", "--checkpoint", str(workdirs["simam"]), *photographs, "--output"]
     assert visualize.main([*command, str(tmp_path / "all.png")]) == 0
@@ -206,6 +207,7 @@ def test_attention_as_png_and_svg(workdirs, photographs, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"all.png", "one.svg"}  # nothing half done is left
 
 
+@pytest.mark.slow
 def test_grad_cam_beside_the_plain_network(workdirs, photographs, tmp_path):
     command = ["grad-cam", "--checkpoint", str(workdirs["simam"]), *photographs]
     both = [*command, "--baseline", str(workdirs["none"]), "--output", str(tmp_path / "both.svg")]
@@ -260,6 +262,7 @@ def test_an_update_across_the_end_of_an_epoch_belongs_to_where_it_began(tmp_path
     np.testing.assert_allclose(train, [[4 / 3.9, 100 - 2.5], [8 / 3.9, 100 - 6.5]])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsys):
     def refused(command, message, output="out.png"):
         with pytest.raises(simam_jax.UserError, match=message):
@@ -285,6 +288,7 @@ def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsy
     assert "1 of 2 images could not be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_networks_that_cannot_be_compared_are_errors(workdirs, photographs, tmp_path):
     _, variables = simam_jax.load(workdirs["none"])
     spec = SPEC | {"attention": "none", "attention_param": 0.0}
