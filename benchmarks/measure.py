@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillow")
 
 _WHILE = 0.1  # seconds
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # see the README; glibc reads it when a process starts
 
 Run = Callable[[], Any]
 Timer = Callable[[float], float]  # runs something for at least so many seconds, once or more: the mean seconds of a run
@@ -55,7 +56,7 @@ def here(run: Run) -> Timer:
 
 @contextmanager
 def in_processes(contestants: Mapping[str, Callable[[], Run]]) -> Iterator[dict[str, Timer]]:
-    """Times what each of `contestants` makes in a process of its own, as everyone uses it.
+    """Timers of what each of `contestants` makes, each in a process of its own and with memory in huge pages.
 
     In one process two libraries share an allocator and the cores with each other's waiting threads: a step of ours was
     timed a fifth slower beside PyTorch's than alone. What makes a contestant is pickled.
@@ -69,7 +70,8 @@ def in_processes(contestants: Mapping[str, Callable[[], Run]]) -> Iterator[dict[
         for name, make in contestants.items():
             ours, theirs = start.Pipe()
             process = start.Process(target=_serve, args=(theirs, make), daemon=True)
-            process.start()
+            with _environment(_HUGE_PAGES):
+                process.start()
             theirs.close()  # or the end of the process would not be seen here
             processes.append(process)
             timers[name] = partial(_ask, ours, name)
@@ -78,6 +80,18 @@ def in_processes(contestants: Mapping[str, Callable[[], Run]]) -> Iterator[dict[
         for process in processes:
             process.kill()
             process.join()
+
+
+@contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """The variables that are not set yet, for the processes started inside the block."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _serve(questions: Connection, make: Callable[[], Run]) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
-from simam_jax import huge_pages, simam
+from simam_jax import simam
 from simam_jax.errors import run_cli
 
 SHAPES = ((56, 64), (28, 128), (14, 256), (7, 512))  # height = width, channels
@@ -86,5 +86,4 @@ def _torch(shape: tuple[int, ...], gradient: bool, *, compiled: bool) -> measure
 
 
 if __name__ == "__main__":
-    huge_pages.ask()  # as train.py does; PyTorch has them too
     run_cli(main)

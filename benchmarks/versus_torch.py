@@ -9,7 +9,6 @@ import statistics
 from functools import partial
 
 from benchmarks import measure, networks
-from simam_jax import huge_pages
 from simam_jax.errors import run_cli, unknown
 
 
@@ -54,5 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.ask()  # as train.py does; PyTorch has them too
     run_cli(main)

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from simam_jax import errors as _errors
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite, simam, simam_weights
 from simam_jax.errors import UserError
 from simam_jax.models import create_model, list_models
@@ -27,7 +28,7 @@ __all__ = [
     "simam_weights",
 ]
 
-# Loaded on first use: what they import takes longer than the rest together.
+# Loaded on first use, because a bare install lacks some of what they import.
 _LAZY = {
     "Predictor": "simam_jax.inference",
     "load": "simam_jax.weights",
@@ -38,5 +39,10 @@ _LAZY = {
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module 'simam_jax' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    with _errors.naming_extras():
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,52 +1,52 @@
-"""What the commands that use a trained network share: naming it, finding images, showing progress."""
+"""What the commands share: arguments that name a network, the search for images, progress, skipped images."""
 
 import argparse
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simam_jax import errors
-from simam_jax.inference import Predictor
 from simam_jax.progress import duration
+
+if TYPE_CHECKING:
+    from simam_jax.inference import Predictor
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def find_images(paths: list[str]) -> list[Path]:
-    """The files named, and in folders (and theirs) all whose ending is an image's, sorted.
+def add_network_arguments(parser: argparse.ArgumentParser, *, required: bool = False, of: str = "") -> None:
+    """Adds `--model`, `--attention` and `--attention-param`, the first three arguments of `create_model`.
 
-    Raises:
-        UserError: a path that is not there, or a folder without images.
+    Args:
+        parser: takes the arguments.
+        required: whether `--model` must be given.
+        of: the help's first words, such as "of a .pth.tar: ".
     """
-    found = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            if not path.exists():
-                raise errors.UserError(f"There is no file or folder {path}.")
-            found.append(path)
-            continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-        if not inside:
-            raise errors.UserError(f"There are no images in the folder {path} (looked for {', '.join(ENDINGS)}).")
-        found += inside
-    return found
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `load_predictor`."""
-    parser.add_argument("--checkpoint", required=True, help="a workdir, a checkpoint in it, or a .pth.tar")
-    parser.add_argument("--model", help="of a .pth.tar: the network's name, such as resnet50")
-    parser.add_argument("--attention", default="simam", help="of a .pth.tar: none, simam (default), se or cbam")
+    parser.add_argument("--model", required=required, help=f"{of}the network's name, such as resnet50")
+    parser.add_argument("--attention", default="simam", help=f"{of}none, simam (default), se or cbam")
     parser.add_argument(
-        "--attention-param", type=float, help="of a .pth.tar: lambda or reduction; default: the paper's"
+        "--attention-param", type=float, help=f"{of}lambda of simam, reduction of se and cbam; default: the paper's"
     )
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `load_predictor`."""
+    parser.add_argument("--checkpoint", required=True, help="a workdir, a checkpoint in it, or a .pth.tar")
+    add_network_arguments(parser, of="of a .pth.tar: ")
     parser.add_argument("--class-names", help="a text file with one name a line; default: the checkpoint's")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the weights")
 
 
-def load_predictor(args: argparse.Namespace, **options) -> Predictor:
-    """The `Predictor` that the command line names."""
+def load_predictor(args: argparse.Namespace, **options) -> "Predictor":
+    """The `Predictor` that the command line names.
+
+    Raises:
+        UserError: as `Predictor.load`, or `--class-names` cannot be read.
+    """
+    from simam_jax.inference import Predictor  # needs more than a bare install has
+
     names = None
     if args.class_names:
         try:
@@ -64,8 +64,28 @@ def load_predictor(args: argparse.Namespace, **options) -> Predictor:
     )
 
 
+def find_images(paths: list[str]) -> list[Path]:
+    """The files named, and of folders every file below whose ending is an image's, sorted.
+
+    Raises:
+        UserError: a path is not there, or a folder has no images.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                raise errors.UserError(f"There is no file or folder {path}.")
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        if not inside:
+            raise errors.UserError(f"There are no images in the folder {path} (looked for {', '.join(ENDINGS)}).")
+        found += inside
+    return found
+
+
 def with_progress(results: Iterator, total: int) -> Iterator:
-    """The same, with a line on a terminal that says how far it is; none where the results themselves are seen."""
+    """The same results, with a line that counts them on a terminal, unless the results themselves are printed there."""
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
     start = time.monotonic()
     for done, result in enumerate(results, 1):
@@ -78,12 +98,12 @@ def with_progress(results: Iterator, total: int) -> Iterator:
 
 
 def skip(error: errors.UserError) -> None:
-    """Names an image that cannot be read; the command goes on with the others."""
+    """Prints which image is skipped and why."""
     print(f"skipped: {error}", file=sys.stderr)
 
 
 def exit_code(skipped: int, total: int) -> int:
-    """1, after saying so, if images had to be skipped."""
+    """1, after a line that counts them, if images were skipped; else 0."""
     if skipped:
         print(f"{skipped} of {total} images could not be read.", file=sys.stderr)
     return 1 if skipped else 0

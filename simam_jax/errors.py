@@ -1,8 +1,27 @@
 """Errors of the user's making: one message that names the value and the way out, and no traceback."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+# What `pip install simam-jax` does not bring: the module, its package, the extra that brings it (see pyproject.toml).
+_EXTRAS = {
+    "PIL": ("pillow", "predict"),
+    "clu": ("clu", "train"),
+    "matplotlib": ("matplotlib", "predict"),
+    "ml_collections": ("ml-collections", "train"),
+    "onnx": ("onnx", "export"),
+    "onnxruntime": ("onnxruntime", "export"),
+    "optax": ("optax", "train"),
+    "orbax": ("orbax-checkpoint", "predict"),
+    "pycocotools": ("pycocotools", "detection"),
+    "safetensors": ("safetensors", "torch"),
+    "sklearn": ("scikit-learn", "train"),
+    "tensorflow": ("tensorflow", "train"),
+    "tensorflow_datasets": ("tensorflow-datasets", "train"),
+    "torch": ("torch", "torch"),
+}
 
 
 class UserError(ValueError):
@@ -18,10 +37,30 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     return UserError(f"Unknown {kind} {value!r}.{hint} Known: {', '.join(known[:50])}{more}.")
 
 
+def missing_package(package: str, extra: str, what: str = "This") -> UserError:
+    """The error for a package that is not installed: names the extra that brings it. `what` needs it."""
+    return UserError(
+        f"{what} needs {package}: pip install 'simam-jax[{extra}]' (in a checkout: pip install '.[{extra}]')."
+    )
+
+
+@contextlib.contextmanager
+def naming_extras() -> Iterator[None]:
+    """Turns the failed import of an optional package inside the block into the error of `missing_package`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRAS:
+            raise
+        raise missing_package(*_EXTRAS[module]) from error
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: 0 or what it returns; 2 with the bare message for a `UserError`."""
     try:
-        sys.exit(main() or 0)
+        with naming_extras():
+            sys.exit(main() or 0)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")  # in one piece: other threads may be writing there
         sys.exit(2)

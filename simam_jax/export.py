@@ -1,7 +1,7 @@
 """A trained network as one file for other programs: `python -m simam_jax.export`.
 
-What is exported takes the pixels of `Preprocessing`, uint8 (N, image_size, image_size, 3) with any N, normalises them itself
-and gives the logits, float32 (N, classes).
+The exported network takes pixels as `Preprocessing` gives them, uint8 (N, image_size, image_size, 3) with any N,
+normalises them itself and returns logits, float32 (N, classes).
 """
 
 import argparse
@@ -11,33 +11,35 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simam_jax import errors
-from simam_jax.command_line import add_model_arguments, load_predictor
-from simam_jax.inference import Predictor
+from simam_jax.command_line import add_checkpoint_arguments, load_predictor
 
-PLATFORMS = ("cpu", "cuda", "tpu")  # that stablehlo and saved_model are lowered for
-TOLERANCE = 1e-4  # of logits; where the largest is above 1, of that one
+if TYPE_CHECKING:
+    from simam_jax.inference import Predictor
 
-Network = Callable[[Any], Any]  # from pixels to logits, arrays of JAX while it is traced, of NumPy when it is read
+PLATFORMS = ("cpu", "cuda", "tpu")  # stablehlo and saved_model are lowered for each
+TOLERANCE = 1e-4  # of the difference that `export` returns
+
+Network = Callable[[Any], Any]  # from pixels to logits: JAX's arrays while it is traced, NumPy's when it is run again
 
 
-def export(predictor: Predictor, format: str, output: str | Path) -> float:
-    """Writes the network in `predictor`, runs what was written in its own runtime and compares.
+def export(predictor: "Predictor", format: str, output: str | Path) -> float:
+    """Writes the network of `predictor`, runs the written file in its own runtime and compares the logits.
 
-    Computation is in float32, whatever the network was trained in: its parameters are.
+    The exported network computes in float32, whatever dtype it was trained in, because its parameters are float32.
 
     Args:
         format: a name in `FORMATS`.
-        output: a new file, for saved_model a new folder; it appears when it is complete and has passed.
+        output: a new file, for saved_model a new folder. It appears once it is complete and has passed the comparison.
 
     Returns:
-        The largest difference between the logits of both for random pixels, in units of the largest logit where that is
+        The largest difference between both networks' logits of random pixels, over the largest logit where that is
         above 1.
 
     Raises:
@@ -45,12 +47,12 @@ def export(predictor: Predictor, format: str, output: str | Path) -> float:
     """
     check(format, output)
     output, network, size = Path(output), _network(predictor), predictor.preprocessing.image_size
-    write, read, _ = FORMATS[format]
+    how = FORMATS[format]
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             written = Path(folder) / output.name
-            write(network, size, written)
-            difference = _difference(network, read(written), size)
+            how.write(network, size, written)
+            difference = _difference(network, how.read(written), size)
             os.rename(written, output)
     except OSError as error:
         raise errors.UserError(f"{output} cannot be written: {error}") from error
@@ -58,12 +60,16 @@ def export(predictor: Predictor, format: str, output: str | Path) -> float:
 
 
 def check(format: str, output: str | Path) -> None:
-    """Raises the errors of `export` that can be known before there is a network."""
+    """Checks what can be checked before the network is loaded.
+
+    Raises:
+        UserError: no such format, a package is missing, or `output` exists or has no folder.
+    """
     if format not in FORMATS:
         raise errors.unknown("format", format, FORMATS)
     missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise errors.UserError(f"The format {format} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise errors.missing_package(" and ".join(missing), FORMATS[format].extra, f"The format {format}")
     if os.path.lexists(output):
         raise errors.UserError(f"{output} exists already: nothing was written. Name another output.")
     if not Path(output).parent.is_dir():
@@ -78,7 +84,7 @@ def write_stablehlo(network: Network, image_size: int, path: Path) -> None:
 
 
 def read_stablehlo(path: Path) -> Network:
-    """As JAX runs it."""
+    """The network in the file, run by JAX."""
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     return jax.jit(exported.call)
 
@@ -99,7 +105,7 @@ def write_saved_model(network: Network, image_size: int, path: Path) -> None:
 
 
 def read_saved_model(path: Path) -> Network:
-    """As TensorFlow runs it."""
+    """The network in the folder, run by TensorFlow."""
     import tensorflow as tf
 
     module: Any = tf.saved_model.load(str(path))
@@ -115,7 +121,7 @@ def write_onnx(network: Network, image_size: int, path: Path) -> None:
 
 
 def read_onnx(path: Path) -> Network:
-    """As ONNX Runtime runs it, on the CPU."""
+    """The network in the file, run by ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -123,24 +129,25 @@ def read_onnx(path: Path) -> Network:
 
 
 class Format(NamedTuple):
-    """How a format is written, how it is read for the comparison, and what both need beside JAX."""
+    """How a format is written, how it is read for the comparison, which packages both need, and pip's extra with them."""
 
     write: Callable[[Network, int, Path], None]
     read: Callable[[Path], Network]
     packages: tuple[str, ...] = ()
+    extra: str = "export"
 
 
 FORMATS = {
     "stablehlo": Format(write_stablehlo, read_stablehlo),
-    "saved_model": Format(write_saved_model, read_saved_model, ("tensorflow",)),
+    "saved_model": Format(write_saved_model, read_saved_model, ("tensorflow",), "train"),
     "onnx": Format(write_onnx, read_onnx, ("onnx", "onnxruntime")),
 }
 
 
-def _network(predictor: Predictor) -> Network:
-    """Pixels to logits in float32, with the weights inside."""
+def _network(predictor: "Predictor") -> Network:
+    """A function from pixels to float32 logits, with the weights as constants."""
     model = predictor.model.with_backbone(dtype=jnp.dtype(jnp.float32))
-    in_float32 = Predictor(model, predictor.variables, predictor.preprocessing, predictor.class_names)
+    in_float32 = type(predictor)(model, predictor.variables, predictor.preprocessing, predictor.class_names)
     return functools.partial(in_float32.logits, jax.device_get(predictor.variables))
 
 
@@ -163,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m simam_jax.export",
         description="Writes a trained network for other programs, from uint8 pixels (N, S, S, 3) to logits, for any N.",
     )
-    add_model_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("output", help="a new file; for saved_model a new folder")
     args = parser.parse_args(argv)

@@ -1,6 +1,5 @@
 """A trained network as one looks at images with it: `Predictor.load(path)(images)`."""
 
-import dataclasses
 import functools
 import itertools
 from collections import deque
@@ -17,42 +16,13 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from simam_jax import checkpoints, convert, errors, weights
+from simam_jax.classification.predictions import Predictions
 from simam_jax.models import MODELS
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
 from simam_jax.preprocessing import ImageLike, Preprocessing
 
 _AHEAD = 2  # batches on their way through the device while the next images are read
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """Of N images.
-
-    Attributes:
-        probabilities: (N, classes) float32.
-        class_names: one for each column.
-    """
-
-    probabilities: np.ndarray
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.probabilities)
-
-    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """For every image the k likeliest classes with their probabilities, the likeliest first.
-
-        Raises:
-            UserError: k is less than 1.
-        """
-        if k < 1:
-            raise errors.UserError(f"top needs at least 1 class, got {k}.")
-        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
-        return [
-            [(self.class_names[i], float(row[i])) for i in best]
-            for row, best in zip(self.probabilities, order, strict=True)
-        ]
 
 
 class Predictor:

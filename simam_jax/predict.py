@@ -5,8 +5,15 @@ import json
 import os
 
 from simam_jax import errors
-from simam_jax.command_line import add_model_arguments, exit_code, find_images, load_predictor, skip, with_progress
-from simam_jax.inference import Predictions
+from simam_jax.classification.predictions import Predictions
+from simam_jax.command_line import (
+    add_checkpoint_arguments,
+    exit_code,
+    find_images,
+    load_predictor,
+    skip,
+    with_progress,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m simam_jax.predict",
         description="The likeliest classes of images. Unreadable ones are named, skipped, and make the exit code 1.",
     )
-    add_model_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("images", nargs="+", help="image files and folders of them")
     parser.add_argument("--top", type=int, default=5, help="classes for each image (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
@@ -31,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
             skipped += 1
             skip(result)
             continue
-        (best,) = Predictions(result[None], predictor.class_names).top(args.top)
+        results = Predictions(result[None], predictor.class_names)
         if args.json:
-            print(json.dumps({"image": str(path), "top": [{"class": n, "probability": p} for n, p in best]}))
+            print(json.dumps({"image": str(path), "top": results.rows(args.top)[0]}))
         else:
-            print(path, *(f"  {100 * p:6.2f} %  {n}" for n, p in best), sep=os.linesep)
+            print(path, *(f"  {line}" for line in results.lines(args.top)[0]), sep=os.linesep)
     return exit_code(skipped, len(paths))
 
 

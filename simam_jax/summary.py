@@ -1,17 +1,16 @@
-"""What a network costs, stage by stage: `python -m simam_jax.summary --model resnet50 --attention simam`."""
+"""The command that prints what a network costs, stage by stage: `python -m simam_jax.summary --model resnet50`."""
 
 import argparse
 
 from simam_jax import errors
+from simam_jax.command_line import add_network_arguments
 from simam_jax.models import create_model
 from simam_jax.models.costs import summarize
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m simam_jax.summary", description="What a network costs, by stage.")
-    parser.add_argument("--model", required=True, help="the network's name, such as resnet50")
-    parser.add_argument("--attention", default="simam", help="none, simam (default), se or cbam")
-    parser.add_argument("--attention-param", type=float, help="the reduction of se and cbam (default 16)")
+    add_network_arguments(parser, required=True)
     parser.add_argument("--num-classes", type=int, help="default: 1000, or 10 for the CIFAR networks")
     parser.add_argument("--image-size", type=int, help="pixels; default: 224, or 32 for the CIFAR networks")
     args = parser.parse_args(argv)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from simam_jax import classification
+from simam_jax.classification import task as classification
 from simam_jax.errors import unknown
 from simam_jax.task import Task
 

@@ -1,7 +1,12 @@
-"""From what JAX traces of a network to an ONNX graph, operation by operation; only what networks for inference are made of.
+"""The translation of a traced JAX function into an ONNX graph, operation by operation.
 
-What depends on the weights alone is computed while translating, so that the graph holds finished factors. Convolutions and
-pooling stand between transpositions, since ONNX knows them as (N, C, H, W) only; runtimes remove those that cancel.
+Why a translator of our own: jax2onnx drops the padding of max pooling and fails on ResNets, and tf2onnx needs TensorFlow,
+and a clean graph from it has a fixed batch size (tried with the versions in requirements.txt). The rules below cover what
+networks for inference consist of; every export is run by ONNX Runtime and compared with the network.
+
+What depends on the weights alone is computed during the translation, so that the graph holds finished factors.
+Convolutions and pooling stand between transpositions because ONNX defines them for (N, C, H, W) only; runtimes remove
+the transpositions that cancel.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +30,12 @@ def translate(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]
     """`function` as an `onnx.ModelProto` with a free batch size.
 
     Args:
-        function: pure, of one array (N, *shape) to one array (N, ...).
+        function: pure, from one array (N, *shape) to one array (N, ...).
         shape, dtype: of the input, without its batch dimension.
-        names: those of input and output in the graph.
+        names: of input and output in the graph.
 
     Raises:
-        UserError: the function uses an operation that has no rule here.
+        UserError: the function uses an operation without a rule here.
     """
     from onnx import checker, helper
 
@@ -69,7 +74,7 @@ class _Graph:
         self.constants: list[Any] = []
 
     def name(self, value: Value) -> str:
-        """Of a value in the graph, which a constant becomes part of."""
+        """The name of a value in the graph. A constant is added to the graph first."""
         from onnx import numpy_helper
 
         if isinstance(value, str):
@@ -79,7 +84,7 @@ class _Graph:
         return name
 
     def add(self, operation: str, *inputs: Value, **attributes) -> str:
-        """One node; the name of its output."""
+        """Adds one node; returns the name of its output."""
         from onnx import helper
 
         output = f"{operation.lower()}_{len(self.nodes)}"
@@ -89,7 +94,7 @@ class _Graph:
 
 
 def _walk(graph: _Graph, jaxpr: core.Jaxpr, consts: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
-    """The outputs of `jaxpr`: constants where everything it needs is one."""
+    """The outputs of `jaxpr`. An operation whose inputs are all constants gives a constant."""
     known: dict[core.Var, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
     def value(atom: core.Var | core.Literal) -> Value:
@@ -113,7 +118,7 @@ def _walk(graph: _Graph, jaxpr: core.Jaxpr, consts: Sequence[Value], inputs: Seq
 
 
 def _same(operation: str) -> Rule:
-    """The rule of what ONNX has too, broadcasting included."""
+    """The rule of an operation that ONNX has with the same meaning, broadcasting included."""
     return lambda graph, _, *operands: graph.add(operation, *operands)
 
 
@@ -122,7 +127,7 @@ def _reshape(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
 
 
 def _type(atom: core.Var | core.Literal) -> jax.ShapeDtypeStruct:
-    """Shape and dtype; a size that is no integer is the batch's."""
+    """Shape and dtype. A size that is no integer is the batch size."""
     return atom.aval  # pyright: ignore[reportReturnType]
 
 
@@ -133,7 +138,7 @@ def _cast(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
 
 
 def _broadcast(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
-    """New axes of size 1: repeating values along others is left to the operations that follow, and of a constant all."""
+    """Adds axes of size 1. The operations that follow repeat values along axes, because ONNX broadcasts; a scalar stays."""
     if isinstance(x, np.ndarray) and x.ndim == 0:
         return x
     before, shape = _type(equation.invars[0]).shape, equation.params["shape"]
@@ -181,7 +186,7 @@ def _pool(operation: str, **attributes) -> Rule:
             pads=_pads(padding[1:3]),
             **attributes,
         )
-        if operation == "AveragePool":  # JAX's is the sum
+        if operation == "AveragePool":  # reduce_window_sum is the sum, not the mean
             return graph.add("Mul", pooled, np.asarray(window[1] * window[2], np.float32))
         return pooled
 
@@ -194,12 +199,12 @@ def _as_nchw(graph: _Graph, operation: str, x: Value, *others: Value, **attribut
 
 
 def _pads(padding: Sequence[tuple[int, int]]) -> list[int]:
-    """ONNX wants all beginnings, then all ends."""
+    """All beginnings, then all ends, as ONNX orders them."""
     return [before for before, _ in padding] + [after for _, after in padding]
 
 
 def _gather(graph: _Graph, equation: core.JaxprEqn, x: Value, indices: Value) -> Value:
-    """The two that occur: a slice x[..., :1, :], and `jnp.take_along_axis`."""
+    """The two forms that occur: a slice x[..., :1, :], and `jnp.take_along_axis`."""
     how, (source, places) = equation.params["dimension_numbers"], map(_type, equation.invars)
     batching = how.operand_batching_dims
     if isinstance(indices, np.ndarray):

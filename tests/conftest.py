@@ -1,6 +1,7 @@
 """Every test sees eight virtual CPU devices, as a small pod would have."""
 
 import contextlib
+import json
 import os
 import signal
 
@@ -13,7 +14,10 @@ with contextlib.suppress(ImportError):
 import jax
 import jax.numpy as jnp
 import pytest
+import trained
 from jax.sharding import Mesh
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from simam_jax.models import Classifier
 from simam_jax.models.blocks import BasicBlock
@@ -61,3 +65,21 @@ def tiny_network():
         return Classifier(architecture="tiny", backbone=backbone, num_classes=10)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A workdir of a real network with SimAM, seven classes and 16 x 16 images, as train.py leaves it. Do not write there."""
+    folder = trained.write_workdir(tmp_path_factory.mktemp("run"), "cifar_resnet20", num_classes=7, image_size=16)
+    rows = [{"step": k, "epoch": k / 4, "train/top1": k / 10, "eval/top1": k / 20} for k in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """The paths of two photographs, 640 x 427."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name, pixels in zip(("temple.jpg", "flower.jpg"), load_sample_images().images, strict=True):
+        Image.fromarray(pixels).save(folder / name)
+    return [str(folder / "temple.jpg"), str(folder / "flower.jpg")]

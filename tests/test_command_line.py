@@ -1,10 +1,14 @@
 """What a user meets first: a quick import, and one clear message for a wrong command."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 from processes import ROOT
+
+import simam_jax
+from simam_jax import errors
 
 DIGITS = ["--config", "configs/digits_resnet20_simam.py"]
 
@@ -23,7 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         ([*DIGITS, "--mode", "evaluate"], "<train|eval|check>"),
         ([*DIGITS, "batch_size=3"], "settings are given as --config.FIELD=VALUE"),
         ([*DIGITS, "--config.model.name=resnet51"], "Unknown model 'resnet51'"),
-        ([*DIGITS, "--config.batch_size=0"], "take a multiple of"),
+        ([*DIGITS, "--config.batch_size=0"], "it must be at least 1"),
         ([*DIGITS, "--workdir", "train.py/run"], "cannot be written"),
         (DIGITS[:0], "--config"),
     ],
@@ -44,19 +48,52 @@ def test_a_workdir_is_needed():
     assert "--workdir=DIR is needed" in result.stdout + result.stderr
 
 
-def test_the_import_is_quick_and_leaves_the_heavy_libraries_alone():
+def test_the_import_adds_little_to_that_of_jax_and_flax():
     code = """if True:
-        import sys, time
-        start = time.monotonic()
+        import time
+        start = time.perf_counter()
+        import jax, flax.linen
+        theirs = time.perf_counter()
         import simam_jax
-        seconds = time.monotonic() - start
-        heavy = {"tensorflow", "tensorflow_datasets", "clu", "torch", "orbax"} & set(sys.modules)
-        print(seconds)
-        assert not heavy, heavy
-        simam_jax.load, simam_jax.load_torch
-        heavy = {"tensorflow", "tensorflow_datasets", "clu", "torch"} & set(sys.modules)
-        assert not heavy, heavy
+        print((time.perf_counter() - theirs) / (theirs - start))
     """
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 10  # 1 s alone on the machine; the tests share it
+    assert float(result.stdout) < 0.3  # 0.04 measured
+
+
+def test_the_import_leaves_alone_what_a_bare_install_lacks():
+    code = """if True:
+        import sys
+        import simam_jax
+        heavy = {"tensorflow", "tensorflow_datasets", "clu", "torch", "orbax", "optax", "PIL", "matplotlib"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        simam_jax.load_torch
+        lacking = {"tensorflow", "tensorflow_datasets", "clu", "torch", "PIL", "matplotlib", "sklearn", "ml_collections"}
+        assert not lacking & set(sys.modules), lacking & set(sys.modules)
+    """
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_fresh_process_lists_the_api_and_nothing_else():
+    result = run("-c", "import simam_jax; print(*dir(simam_jax))")
+    assert result.stdout.split() == sorted([*simam_jax.__all__, "__version__"]), result.stderr
+
+
+def test_every_public_name_is_there():
+    for name in simam_jax.__all__:
+        assert getattr(simam_jax, name).__doc__, name
+
+
+@pytest.mark.parametrize("module", ["PIL", "orbax.checkpoint"])
+def test_a_package_that_is_missing_is_an_error_that_names_the_extra(module):
+    code = f"import sys; sys.modules[{module!r}] = None; import simam_jax; simam_jax.Predictor"
+    result = run("-c", code)
+    assert "simam_jax.errors.UserError: This needs" in result.stderr
+    assert "pip install 'simam-jax[predict]'" in result.stderr
+
+
+def test_modules_that_no_extra_brings_keep_their_own_error():
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"), errors.naming_extras():
+        importlib.import_module("no_such_module")

@@ -20,14 +20,14 @@ import pytest
 from PIL import Image
 from processes import ROOT, wait_for
 from sklearn.datasets import load_sample_images
-from trained import preprocessing, variables_of, write_workdir
+from trained import preprocessing, variables_of
 
 import simam_jax
 from simam_jax import demo
+from simam_jax.classification.predictions import SHOWN
 from simam_jax.inference import Predictor
 from simam_jax.ops.images import normalize
 
-pytestmark = pytest.mark.slow
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0])
 
 
@@ -47,11 +47,6 @@ def png_that_claims(width, height) -> bytes:
     parts = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""))
     chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return write_workdir(tmp_path_factory.mktemp("run"), "cifar_resnet20", num_classes=7, image_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +84,7 @@ def ask(address, body, method="POST", path="/look", **options):
     return answer.status, json.loads(content) if answer.headers["Content-Type"] == "application/json" else content
 
 
+@pytest.mark.slow
 def test_an_image_gets_its_top_five_and_where_the_attention_is(address, predictor):
     status, seen = ask(address, encoded(PHOTOGRAPH, "PNG"))
     assert status == 200
@@ -105,11 +101,12 @@ def test_an_image_gets_its_top_five_and_where_the_attention_is(address, predicto
     np.testing.assert_allclose(seen["range"], [heat.min(), heat.max()], rtol=1e-4)
     assert seen["range"][0] < seen["range"][1]
     shown, attention = decoded(seen["image"]), decoded(seen["attention"])
-    assert shown.size == attention.size == (demo.SHOWN, demo.SHOWN)
+    assert shown.size == attention.size == (SHOWN, SHOWN)
     back = np.asarray(shown.resize((16, 16), Image.Resampling.BOX)).astype(int)
     assert np.abs(back - pixels).mean() < 8
 
 
+@pytest.mark.slow
 def test_photographs_are_turned_as_their_camera_says(address):
     upright = PHOTOGRAPH.resize((64, 64))
     turned = Image.Exif()
@@ -128,6 +125,7 @@ def test_networks_without_simam_show_no_attention():
     assert b"no attention, 3 classes, 8 &times; 8" in demo.page("name", predictor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("upload", "message"),
     [
@@ -147,6 +145,7 @@ def test_bad_uploads_get_a_message(address, upload, message):
     assert message in answer["error"]
 
 
+@pytest.mark.slow
 def test_large_uploads_are_refused_and_those_without_a_length(address):
     status, answer = ask(address, bytes(demo.MAX_BYTES + 1))
     assert (status, answer["error"]) == (413, "The file is larger than 20 MB: make the image smaller first.")
@@ -159,6 +158,7 @@ def test_large_uploads_are_refused_and_those_without_a_length(address):
     connection.close()
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_other_paths_are_not_there(address):
     status, page = ask(address, None, "GET", "/")
     assert status == 200
@@ -172,6 +172,7 @@ def test_the_page_needs_nothing_else_and_other_paths_are_not_there(address):
         assert answer["error"]
 
 
+@pytest.mark.slow
 def test_clients_at_the_same_time_and_clients_that_leave(address):
     upload = encoded(PHOTOGRAPH)
     leaving = http.client.HTTPConnection(address)
@@ -183,6 +184,7 @@ def test_clients_at_the_same_time_and_clients_that_leave(address):
     assert all(seen == answers[0][1] for _, seen in answers)
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_errors(address, workdir):
     port = address.split(":")[1]
     with pytest.raises(simam_jax.UserError, match=rf"127\.0\.0\.1:{port}: .*in use.* Name another --port"):
@@ -196,6 +198,7 @@ def test_wrong_requests_are_errors(address, workdir):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (BROWSER and shutil.which("chromedriver")), reason="no chromium with chromedriver is installed")
 def test_the_page_in_a_browser(address, predictor, tmp_path):
     from selenium import webdriver
@@ -233,7 +236,7 @@ def test_the_page_in_a_browser(address, predictor, tmp_path):
         assert element("layer").text == "layer3_2"
         for picture in ("image", "attention"):
             loaded = "return arguments[0].complete && arguments[0].naturalWidth"
-            assert driver.execute_script(loaded, element(picture)) == demo.SHOWN
+            assert driver.execute_script(loaded, element(picture)) == SHOWN
         assert not driver.get_log("browser")
 
         driver.execute_script(drop, "notes.jpg", "no image")

@@ -54,7 +54,7 @@ def place(tmp_path_factory):
             "attention_param": model.attention_param,
             "dtype": "float32",
         }
-        checkpoints.save_weights(folder / "runs" / workdir, spec, variables)
+        checkpoints.write_weights(folder / "runs" / workdir, {"task": "classification", "model": spec}, variables)
         rows = [{"step": k, "epoch": k, "train/top1": k / 9, "eval/top1": k / 10} for k in range(1, 9)]
         (folder / "runs" / workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     convert.write_state(convert.to_torch(variables, "resnet50"), folder / "resnet50_simam.pth.tar")

@@ -16,8 +16,6 @@ from simam_jax.inference import Predictor
 from simam_jax.models.blocks import Bottleneck, InvertedResidual
 from simam_jax.models.resnet import ResNet
 
-pytestmark = pytest.mark.slow
-
 # Of a fresh process: the file, then the batches to read and the logits to write.
 RUNTIMES = {
     "stablehlo": """
@@ -64,6 +62,7 @@ def network(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -92,6 +91,7 @@ def test_a_fresh_process_computes_the_same_logits(name, format, network, tmp_pat
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "attention"),
     [(partial(Bottleneck, pool=True), "cbam"), (partial(Bottleneck, groups=4), "se"), (InvertedResidual, "simam")],
@@ -114,6 +114,7 @@ def test_a_network_trained_in_bfloat16_is_exported_in_float32(tiny_network, tmp_
     np.testing.assert_allclose(logits, exact, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_fails_its_check_leaves_nothing(tiny_network, tmp_path):
     model = tiny_network()
     diverged = jax.tree.map(lambda x: x * np.nan, variables_of(model))
@@ -136,7 +137,7 @@ def test_wrong_requests_are_errors_before_anything_is_loaded(tmp_path, monkeypat
     with pytest.raises(simam_jax.UserError, match="no such folder"):
         run(tmp_path / "new")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # Python's way to say that there is none
-    with pytest.raises(simam_jax.UserError, match="onnx needs onnxruntime: pip install onnxruntime"):
+    with pytest.raises(simam_jax.UserError, match=r"format onnx needs onnxruntime: pip install 'simam-jax\[export\]'"):
         run(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "precious"

@@ -4,9 +4,7 @@ In float64 everything agrees to 1e-7 of its size. What is zero in theory (the gr
 rounding noise on both sides and must be below 1e-9.
 """
 
-import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,51 +12,12 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from golden_cases import NAMES, golden_images, golden_state, model_name, read_case
 
 from simam_jax.convert import from_torch, to_torch, torch_names
 
-GOLDEN = Path(__file__).parent / "golden"
 QUICK = ("cifar-resnet20-basic-simam-0.0001", "imagenet-resnet18-se-16")  # the others take minutes: `pytest -m slow`
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
-
-
-def model_name(case: dict) -> str:
-    """Our name of the case's network."""
-    if case["dataset"] == "imagenet":
-        return case["arch"]
-    arch = case["arch"].replace("mobilenetv2", "mobilenet_v2")
-    return f"cifar_{arch}{'_bottleneck' if case['block'].endswith('bottlenect') else ''}"
-
-
-def read_case(name: str) -> tuple[dict, dict]:
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return json.loads((GOLDEN / f"{name}.json").read_text()), dict(arrays)
-
-
-def golden_state(entries: list) -> dict[str, np.ndarray]:
-    """The weights of a case: entry i of its state_dict is drawn from default_rng(1000 + i)."""
-    state = {}
-    for i, (key, shape) in enumerate(entries):
-        rng = np.random.default_rng(1000 + i)
-        if len(shape) > 1:
-            value = rng.standard_normal(shape, dtype=np.float32) * np.float32(np.sqrt(1.0 / np.prod(shape[1:])))
-        elif key.endswith("running_var") or (key.endswith("weight")):
-            value = rng.uniform(0.5, 1.5, shape)
-        else:
-            value = 0.1 * rng.standard_normal(shape)
-        state[key] = value.astype(np.float32)
-    return state
-
-
-def nhwc(x: np.ndarray) -> np.ndarray:
-    return x.transpose(0, 2, 3, 1)
-
-
-def golden_images(case: dict, seed: int = 7) -> tuple[np.ndarray, np.random.Generator]:
-    rng = np.random.default_rng(seed)
-    size = case["image_size"]
-    return nhwc(rng.standard_normal((case["batch"], 3, size, size), dtype=np.float32)), rng
 
 
 def build(case: dict):

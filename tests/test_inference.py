@@ -11,9 +11,9 @@ from sklearn.datasets import load_sample_images
 import simam_jax
 from simam_jax import checkpoints, predict
 from simam_jax.inference import Predictor
+from simam_jax.models import init_variables
 from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
-from simam_jax.training.state import init_variables
 
 SPEC = {"name": "cifar_resnet20", "num_classes": 7, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = [f"class {letter}" for letter in "abcdefg"]
@@ -27,7 +27,9 @@ def workdir(tmp_path_factory):
     model = simam_jax.create_model(**SPEC)
     variables = init_variables(model, jax.random.key(0))
     stored = {"image_size": 16, "eval_resize": 20, "mean": SMALL.mean, "std": SMALL.std}
-    checkpoints.save_weights(folder, SPEC, variables, class_names=NAMES, preprocessing=stored)
+    checkpoints.write_weights(
+        folder, {"task": "classification", "model": SPEC}, variables, class_names=NAMES, preprocessing=stored
+    )
     return folder
 
 

@@ -10,7 +10,7 @@ from processes import pictures
 
 import simam_jax
 from configs import base, digits_resnet20_simam
-from simam_jax import checkpoints
+from simam_jax import checkpoints, models
 from simam_jax.tasks import make_task
 from simam_jax.training import evaluation, loop
 from simam_jax.training.run import build, initial_state
@@ -149,9 +149,12 @@ def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe):
     assert values["scalars"]["loss"].dtype == np.float32
 
 
-@pytest.mark.slow  # ten large programs to compile
+@pytest.mark.slow  # ten programs to compile
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_an_update_of_every_recipe_at_a_small_size(recipe):
+def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
+    """At a small size and with one block in every stage; the golden files hold for the whole networks."""
+    full = models.create_model
+    monkeypatch.setattr(models, "create_model", lambda *args, **kwargs: _shallow(full(*args, **kwargs)))
     config = importlib.import_module(f"configs.{recipe}").get_config()
     small = {"data.source": "synthetic", "data.image_size": 32, "batch_size": 16, "model.bn_group_size": 4}
     config.update_from_flattened_dict(small | {"compilation_cache_dir": ""})
@@ -164,3 +167,9 @@ def test_an_update_of_every_recipe_at_a_small_size(recipe):
     assert np.isfinite(values["scalars"]["loss"])
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.variables["params"]))
     assert jax.tree.all(moved)
+
+
+def _shallow(model):
+    """The same network with one block in every stage."""
+    sizes = getattr(model, "stage_sizes", ())
+    return model.clone(stage_sizes=(1,) * len(sizes)) if sizes else model

@@ -1,10 +1,7 @@
 """The cost of a network is traced from it, and equals what the original's README and the golden files say."""
 
-import json
-from pathlib import Path
-
 import pytest
-from test_golden import GOLDEN, NAMES, model_name
+from golden_cases import NAMES, model_name, read_case
 
 from simam_jax import UserError, create_model
 from simam_jax.summary import main, summarize
@@ -28,7 +25,7 @@ def test_readme_table(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_equal_original(name: str):
-    case = json.loads(Path(GOLDEN / f"{name}.json").read_text())
+    case, _ = read_case(name)
     model = create_model(
         model_name(case),
         num_classes=case["num_classes"],

@@ -140,7 +140,7 @@ def test_gradients_meet_in_one_all_reduce_and_the_state_is_donated(tiny_network,
 @pytest.mark.usefixtures("x64")
 def test_the_losses_of_the_original_s_updates(mesh_of):
     """SGD on the golden case, through the real update: normalisation set to leave the golden images as they are."""
-    from test_golden import golden_images, golden_state, read_case
+    from golden_cases import golden_images, golden_state, read_case
 
     from simam_jax.convert import from_torch
 

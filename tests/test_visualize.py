@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 import simam_jax
 from simam_jax import checkpoints, models, visualize
+from simam_jax.classification import curves, explain, figures
 from simam_jax.inference import Predictor
+from simam_jax.models import init_variables
 from simam_jax.models.blocks import BasicBlock
 from simam_jax.models.resnet import ResNet
-from simam_jax.training.state import init_variables
-
-pytestmark = pytest.mark.slow
 
 SPEC = {"name": "tiny", "num_classes": 3, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = ["a temple", "a flower", "a cat"]
@@ -41,17 +39,14 @@ def _write_workdirs(tmp_path_factory):
     for attention in ("simam", "none"):
         folders[attention] = tmp_path_factory.mktemp(attention)
         spec = SPEC | {"attention": attention, "attention_param": 1e-4 if attention == "simam" else 0.0}
-        checkpoints.save_weights(folders[attention], spec, variables, class_names=NAMES, preprocessing=SEEN)
+        checkpoints.write_weights(
+            folders[attention],
+            {"task": "classification", "model": spec},
+            variables,
+            class_names=NAMES,
+            preprocessing=SEEN,
+        )
     return folders
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """The paths of two."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for name, pixels in zip(("temple.jpg", "flower.jpg"), load_sample_images().images, strict=True):
-        Image.fromarray(pixels).save(folder / name)
-    return [str(folder / "temple.jpg"), str(folder / "flower.jpg")]
 
 
 def drawn_and_named(path):
@@ -73,6 +68,7 @@ def network64(tiny_network):
         return model, variables, images, stages
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_weights_are_those_of_what_goes_into_each_layer(network64):
     model, variables, images, _ = network64
@@ -91,7 +87,7 @@ def test_the_weights_are_those_of_what_goes_into_each_layer(network64):
         return inputs
 
     inputs = inputs_of_simam(variables)
-    weights = visualize.attention_weights(model, variables, images)
+    weights = explain.attention_weights(model, variables, images)
     assert list(weights) == list(inputs) == ["layer1_0", "layer2_0", "layer3_0"]
     for name, x in inputs.items():
         np.testing.assert_allclose(weights[name], simam_jax.simam_weights(x, 1e-4), atol=1e-10)
@@ -105,9 +101,9 @@ def test_layers_of_any_network_come_in_their_order():
                 x = simam_jax.SimAM(name=f"layer{i}")(x)
             return x
 
-    weights = visualize.attention_weights(Chain(), {}, jnp.ones((1, 4, 4, 3)))
+    weights = explain.attention_weights(Chain(), {}, jnp.ones((1, 4, 4, 3)))
     assert list(weights) == [f"layer{i}" for i in range(12)]
-    assert visualize.attention_weights(nn.Dense(2), nn.Dense(2).init(jax.random.key(0), jnp.ones(3)), jnp.ones(3)) == {}
+    assert explain.attention_weights(nn.Dense(2), nn.Dense(2).init(jax.random.key(0), jnp.ones(3)), jnp.ones(3)) == {}
 
 
 @pytest.mark.usefixtures("x64")
@@ -117,12 +113,13 @@ def test_grad_cam_of_the_last_stage_is_the_classifier_s_weights_at_each_position
     evidence = np.asarray(stages["layer3"]) @ np.asarray(variables["params"]["fc"]["kernel"])
     wanted = np.stack([evidence[i, ..., c] for i, c in enumerate(classes)]).clip(0)
     wanted /= wanted.max((1, 2), keepdims=True)
-    heat = visualize.grad_cam(model, variables, images, classes)
+    heat = explain.grad_cam(model, variables, images, classes)
     assert heat.dtype == np.float64
     np.testing.assert_allclose(heat, wanted, atol=1e-12)
-    np.testing.assert_allclose(visualize.grad_cam(model, variables, images, 7)[1], wanted[1], atol=1e-12)
+    np.testing.assert_allclose(explain.grad_cam(model, variables, images, 7)[1], wanted[1], atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_grad_cam_of_an_inner_stage_is_that_of_finite_differences(network64):
     model, variables, images, stages = network64
@@ -139,7 +136,7 @@ def test_grad_cam_of_an_inner_stage_is_that_of_finite_differences(network64):
     importance = np.stack([logit(maps + s) - logit(maps - s) for s in step], -1)
     wanted = np.einsum("nhwc,nc->nhw", maps, importance).clip(0)
     wanted /= wanted.max((1, 2), keepdims=True)
-    np.testing.assert_allclose(visualize.grad_cam(model, variables, images, 5, "layer2"), wanted, atol=1e-5)
+    np.testing.assert_allclose(explain.grad_cam(model, variables, images, 5, "layer2"), wanted, atol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -147,7 +144,7 @@ def test_where_nothing_speaks_for_the_class_grad_cam_is_zero(network64):
     model, variables, images, _ = network64
     head = jax.tree.map(lambda x: -jnp.ones_like(x), variables["params"]["fc"])
     against = variables | {"params": variables["params"] | {"fc": head}}
-    np.testing.assert_array_equal(visualize.grad_cam(model, against, images, 0), np.zeros((3, 3, 3)))
+    np.testing.assert_array_equal(explain.grad_cam(model, against, images, 0), np.zeros((3, 3, 3)))
 
 
 @pytest.mark.usefixtures("x64")
@@ -155,30 +152,41 @@ def test_classes_and_layers_that_are_not_there_are_errors(network64):
     model, variables, images, _ = network64
     for wrong in (10, -1, [3, 11, 0]):
         with pytest.raises(simam_jax.UserError, match=r"class_index must be in 0\.\.9, got"):
-            visualize.grad_cam(model, variables, images, wrong)
+            explain.grad_cam(model, variables, images, wrong)
     with pytest.raises(simam_jax.UserError, match=r"Unknown layer 'layer33'\. Did you mean 'layer3'"):
-        visualize.grad_cam(model, variables, images, 0, "layer33")
+        explain.grad_cam(model, variables, images, 0, "layer33")
     with pytest.raises(simam_jax.UserError, match=r"Unknown layer 'layer2_1'\. Did you mean 'layer2_0'"):
-        visualize.attention_figure(np.zeros((1, 8, 8, 3), np.uint8), {"layer2_0": np.ones((1, 4, 4, 2))}, "layer2_1")
+        figures.attention_figure(np.zeros((1, 8, 8, 3), np.uint8), {"layer2_0": np.ones((1, 4, 4, 2))}, "layer2_1")
 
 
 def test_the_overlay_is_brightest_where_the_heat_is_highest():
     pixels = np.full((64, 64, 3), 128, np.uint8)
     heat = np.zeros((4, 4))
     heat[1, 2] = 1
-    seen = visualize.overlay(pixels, heat)
+    seen = figures.overlay(pixels, heat)
     assert (seen.size, seen.mode) == ((64, 64), "RGB")
     light = np.asarray(seen.convert("L"))
     row, column = np.unravel_index(light.argmax(), light.shape)
     assert 16 <= row < 32
     assert 32 <= column < 48
     assert light[0, 0] == light.min()
-    np.testing.assert_array_equal(visualize.overlay(pixels, 0.1 * heat - 7), seen)  # of any range
-    assert len(np.unique(visualize.overlay(pixels, np.full((4, 4), 0.7)))) <= 3  # nothing stands out: one colour
+    np.testing.assert_array_equal(figures.overlay(pixels, 0.1 * heat - 7), seen)  # of any range
+    assert len(np.unique(figures.overlay(pixels, np.full((4, 4), 0.7)))) <= 3  # nothing stands out: one colour
     with pytest.raises(simam_jax.UserError, match=r"got float64 \(64, 64, 3\) and \(4, 4\)"):
-        visualize.overlay(pixels / 255, heat)
+        figures.overlay(pixels / 255, heat)
 
 
+def test_a_panel_without_positive_evidence_says_so():
+    heat = np.stack([np.eye(4), np.zeros((4, 4))])
+    figure = figures.grad_cam_figure(
+        np.zeros((2, 32, 32, 3), np.uint8), {"SimAM": heat}, {"SimAM": ["a cat: 9.0 %", "a dog: 1.0 %"]}, ["1", "2"]
+    )
+    texts = [text.get_text() for text in figure.texts]
+    assert "SimAM\na cat: 9.0 %" in texts
+    assert "SimAM\na dog: 1.0 %\nno positive evidence" in texts
+
+
+@pytest.mark.slow
 def test_attention_as_png_and_svg(workdirs, photographs, tmp_path):
     command = ["attention", "--checkpoint", str(workdirs["simam"]), *photographs, "--output"]
     assert visualize.main([*command, str(tmp_path / "all.png")]) == 0
@@ -194,11 +202,12 @@ def test_attention_as_png_and_svg(workdirs, photographs, tmp_path):
     predictor = Predictor.load(workdirs["simam"])
     pixels = np.stack([predictor.preprocessing(path) for path in photographs])
     images = (pixels / 255 - SEEN["mean"]) / SEEN["std"]
-    weights = visualize.attention_weights(predictor.model, predictor.variables, jnp.float32(images))["layer2_0"]
+    weights = explain.attention_weights(predictor.model, predictor.variables, jnp.float32(images))["layer2_0"]
     assert channels == [c for image in np.std(weights, (1, 2)) for c in np.argsort(-image)[:3]]
     assert {p.name for p in tmp_path.iterdir()} == {"all.png", "one.svg"}  # nothing half done is left
 
 
+@pytest.mark.slow
 def test_grad_cam_beside_the_plain_network(workdirs, photographs, tmp_path):
     command = ["grad-cam", "--checkpoint", str(workdirs["simam"]), *photographs]
     both = [*command, "--baseline", str(workdirs["none"]), "--output", str(tmp_path / "both.svg")]
@@ -233,9 +242,9 @@ def test_curves_of_two_runs(tmp_path):
     rows += [train(5, 0.6), train(6, 0.6), train(8, 0.8), evaluated(8, 0.75)]
     write_metrics(tmp_path / "simam", rows, end='{"step": 9, "ep')
     write_metrics(tmp_path / "plain", rows[:2])
-    curves = visualize.read_curves(tmp_path / "simam")
-    np.testing.assert_allclose(curves["train"], [[1, 100 * (1 - 0.2)], [2, 100 * (1 - 0.7)]])
-    np.testing.assert_allclose(curves["eval"], [[1, 80], [2, 25]])
+    read = curves.read_curves(tmp_path / "simam")
+    np.testing.assert_allclose(read["train"], [[1, 100 * (1 - 0.2)], [2, 100 * (1 - 0.7)]])
+    np.testing.assert_allclose(read["eval"], [[1, 80], [2, 25]])
 
     workdirs = [str(tmp_path / "simam"), str(tmp_path / "plain")]
     assert visualize.main(["curves", *workdirs, "--output", str(tmp_path / "curves.svg")]) == 0
@@ -249,10 +258,11 @@ def test_curves_of_two_runs(tmp_path):
 def test_an_update_across_the_end_of_an_epoch_belongs_to_where_it_began(tmp_path):
     rows = [{"step": step, "epoch": step / 3.9, "train/top1": step / 100} for step in range(1, 9)]
     write_metrics(tmp_path / "run", rows)
-    train = visualize.read_curves(tmp_path / "run")["train"]
+    train = curves.read_curves(tmp_path / "run")["train"]
     np.testing.assert_allclose(train, [[4 / 3.9, 100 - 2.5], [8 / 3.9, 100 - 6.5]])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsys):
     def refused(command, message, output="out.png"):
         with pytest.raises(simam_jax.UserError, match=message):
@@ -278,6 +288,7 @@ def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsy
     assert "1 of 2 images could not be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_networks_that_cannot_be_compared_are_errors(workdirs, photographs, tmp_path):
     _, variables = simam_jax.load(workdirs["none"])
     spec = SPEC | {"attention": "none", "attention_param": 0.0}
@@ -289,7 +300,7 @@ def test_networks_that_cannot_be_compared_are_errors(workdirs, photographs, tmp_
         },
     }
     for i, (message, meta) in enumerate(others.items()):
-        checkpoints.save_weights(tmp_path / str(i), spec, variables, **meta)
+        checkpoints.write_weights(tmp_path / str(i), {"task": "classification", "model": spec}, variables, **meta)
         command = ["grad-cam", "--checkpoint", str(workdirs["simam"]), "--baseline", str(tmp_path / str(i))]
         with pytest.raises(simam_jax.UserError, match=message):
             visualize.main([*command, *photographs, "--output", str(tmp_path / "out.png")])

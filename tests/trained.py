@@ -34,7 +34,9 @@ def write_workdir(folder: Path, name: str, num_classes: int, image_size: int, at
     how = {"image_size": image_size, "eval_resize": image_size} | PREPROCESSING
     names = [f"class {i}" for i in range(num_classes)]
     variables = variables_of(simam_jax.create_model(**spec))
-    checkpoints.save_weights(folder, spec, variables, class_names=names, preprocessing=how)
+    checkpoints.write_weights(
+        folder, {"task": "classification", "model": spec}, variables, class_names=names, preprocessing=how
+    )
     return folder
 
 

@@ -181,10 +181,10 @@ def _pictures(model: Any, config: ConfigDict):
         return batch["image"][batch["mask"] > 0]
 
     def draw(variables: Tree) -> dict[str, np.ndarray]:
-        from simam_jax import visualize
+        from simam_jax.classification import explain, figures
 
         images = normalize(jnp.asarray(pixels()), config.data.mean, config.data.std, model.dtype)
-        seen = visualize.attention_weights(model, variables, images)
-        return {"attention": visualize.render(visualize.attention_figure(pixels(), seen))[None]}
+        seen = explain.attention_weights(model, variables, images)
+        return {"attention": figures.render(figures.attention_figure(pixels(), seen))[None]}
 
     return draw

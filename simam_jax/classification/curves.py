@@ -1,0 +1,49 @@
+"""The top-1 error of a run over its epochs, read from its `metrics.jsonl`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from simam_jax import errors
+
+
+def read_curves(workdir: str | Path) -> dict[str, np.ndarray]:
+    """The top-1 error of a run over its epochs.
+
+    Returns:
+        "train" and "eval", each (K, 2) of epochs and percent. The training error is the mean over each epoch, measured
+        while the network changes. An update that was repeated after an interruption counts once.
+
+    Raises:
+        UserError: the folder has no metrics, or they hold no accuracy yet.
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise errors.UserError(f"{workdir} is no workdir with metrics: {error}.") from error
+    last: dict[str, dict[int, tuple[float, float]]] = {"train": {}, "eval": {}}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the end of the process cut this line off
+            continue
+        for part, rows in last.items():
+            if f"{part}/top1" in row:
+                rows[row["step"]] = row["epoch"], 100 * (1 - row[f"{part}/top1"])
+    if not any(last.values()):
+        raise errors.UserError(f"{path} holds no top-1 accuracy yet: the run has not reported one.")
+    evals = [row for _, row in sorted(last["eval"].items())]
+    return {"train": _by_epoch(last["train"]), "eval": np.array(evals).reshape(-1, 2)}
+
+
+def _by_epoch(reports: Mapping[int, tuple[float, float]]) -> np.ndarray:
+    """(K, 2) from the reports (epoch, error) by step, each the mean of the updates since the one before."""
+    steps = np.array(sorted(reports))
+    epochs, percent = np.array([reports[step] for step in steps]).reshape(-1, 2).T
+    updates = np.diff(steps, prepend=0)
+    began = np.floor(epochs * (steps - 1) / steps)  # an update belongs to the epoch in which it began
+    rows = [(epochs[began == k][-1], np.average(percent[began == k], weights=updates[began == k])) for k in set(began)]
+    return np.array(sorted(rows)).reshape(-1, 2)
