@@ -1,27 +1,43 @@
-"""Checkpoints: `WORKDIR/checkpoints/STEP/`, written by Orbax in the background, kept by policy, verified when read.
+"""The format of checkpoints: written by Orbax, sealed with checksums, verified when they are read.
 
-Each holds up to four items: `variables` (what inference needs), `ema` (their average, if the run keeps one), `training`
-(what else an update changes) and `meta` (JSON: the model, the config, the classes, the clock, a checksum of every item).
+A checkpoint is a folder, in a run `WORKDIR/checkpoints/STEP/`. It holds items, which are trees of arrays (`variables`, which
+inference needs; `ema`, their average, if the run keeps one; `training`, what else an update changes), and `meta`, JSON in
+`meta/metadata`: the spec of what was trained, the step, of every item the names and shapes of its leaves, and checksums of
+the items and of itself. This file knows no model and no task.
 """
 
+import contextlib
+import json
+import re
+import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from absl import logging
 
-from simam_jax import errors
-from simam_jax.training.state import Tree
+from simam_jax.errors import UserError
+from simam_jax.task import Tree
 
 FOLDER = "checkpoints"
+WAY_OUT = "Take another --workdir (with --config.init_from to start from these weights)."
 Meta = dict[str, Any]
+Layout = dict[str, str]  # of a tree: name of a leaf -> shape and dtype
+T = TypeVar("T")
 
 
-def folder(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / FOLDER
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, that is not the one its name says, or that differs from what was written."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"The checkpoint {path} is damaged: {reason}.")
+        self.reason = reason
+
+
+# ---- fingerprints
 
 
 def checksum(tree: Tree) -> int:
@@ -32,109 +48,239 @@ def checksum(tree: Tree) -> int:
     return crc
 
 
-def layout(tree: Tree) -> int:
-    """A fingerprint of the leaves' names, shapes and types: trees that differ in it cannot be exchanged."""
+def layout(tree: Tree) -> Layout:
+    """The names of the leaves with their shapes and types: trees that differ in it cannot be exchanged."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    text = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
-    return zlib.crc32("\n".join(text).encode())
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _form(leaf) for path, leaf in leaves}
 
 
-class DamagedError(Exception):
-    """A checkpoint that cannot be read, or that reads differently from what was written."""
+def _form(leaf: Any) -> str:
+    return f"{leaf.shape} {leaf.dtype}"
 
 
-def fingerprints(items: dict[str, Tree]) -> Meta:
-    return {
-        "checksums": {name: checksum(item) for name, item in items.items()},
-        "layouts": {name: layout(item) for name, item in items.items()},
-    }
+def differences(found: Layout, wanted: Layout) -> str:
+    """Which leaves two layouts differ in, the first eight of them."""
+    lines = [f"missing {name}" for name in sorted(set(wanted) - set(found))]
+    lines += [f"unexpected {name}" for name in sorted(set(found) - set(wanted))]
+    both = sorted(set(found) & set(wanted))
+    lines += [f"{name} is {found[name]} and not {wanted[name]}" for name in both if found[name] != wanted[name]]
+    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
 
 
-def read(path: Path, like: dict[str, Tree], spec: Mapping[str, Any] | None = None) -> tuple[dict[str, Tree], Meta]:
-    """The items named in `like`, in its shapes and shardings, and the meta data of the checkpoint at `path`."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+def sealed(meta: Mapping[str, Any], items: Mapping[str, Tree]) -> Meta:
+    """`meta` as plain JSON, with the layouts and checksums of `items` and the checksum of all that."""
+    sums = {name: checksum(item) for name, item in items.items()}
+    layouts = {name: layout(item) for name, item in items.items()}
+    plain: Meta = json.loads(json.dumps({**meta, "layouts": layouts, "checksums": sums}))
+    plain["checksums"]["meta"] = _checksum_of_json(plain)
+    return plain
+
+
+def _checksum_of_json(meta: Meta) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+# ---- where they are
+
+
+def folder(workdir: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(workdir).absolute() / FOLDER
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in that folder, ascending. Whatever else lies there is left out.
+
+    Orbax gives a folder its name when it is complete.
+    """
+    children = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return sorted(
+        int(child.name) for child in children if re.fullmatch(r"0|[1-9][0-9]*", child.name) and child.is_dir()
+    )
+
+
+def newest_step(checkpoints: Path) -> int | None:
+    """The last step of the checkpoints in that folder."""
+    return max(steps(checkpoints), default=None)
+
+
+def first_readable(path: str | Path, read_one: Callable[[Path], T]) -> T:
+    """What `read_one` gives for the checkpoint that `path` means: a checkpoint itself, or the newest one of a workdir.
+
+    In a workdir a damaged checkpoint is warned of, and the one before is read.
+
+    Args:
+        path: a workdir, its folder `checkpoints`, or a checkpoint.
+        read_one: reads the checkpoint at a path; raises `DamagedError`.
+
+    Raises:
+        UserError: there is no checkpoint, or all are damaged.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"There is no checkpoint at {path}: no such folder.")
+    inside = next((each for each in (folder(path), path) if each.name == FOLDER and each.is_dir()), None)
+    if inside is None and (path / "meta").exists():
+        return read_one(path)
+    found = steps(inside) if inside else []
+    if inside is None or not found:
+        raise UserError(f"There is no checkpoint in {path}. Give a --workdir of train.py, or a checkpoint in it.")
+    damaged: list[DamagedError] = []
+    for step in reversed(found):
         try:
-            meta = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        except Exception as error:  # Orbax has no exception of its own for a damaged file
-            raise DamagedError(f"its meta data cannot be read: {first_line(error)}") from error
-        _check_fits(path, meta, like, spec)
-        wanted = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, item)) for name, item in like.items()}
-        try:
-            restored = reader.restore(path, ocp.args.Composite(**wanted)) if wanted else {}  # empty would mean: all
-        except Exception as error:
-            raise DamagedError(first_line(error)) from error
-    items = {name: restored[name] for name in like}
-    for name, item in items.items():
-        if checksum(item) != meta["checksums"][name]:
-            raise DamagedError(f"the checksum of its {name} differs")
-    return items, meta
-
-
-def _check_fits(path: Path, meta: Meta, like: dict[str, Tree], spec: Mapping[str, Any] | None) -> None:
-    way_out = "Take another --workdir (with --config.init_from to start from these weights)."
-    if spec is not None and meta["model"] != spec["model"]:
-        names = sorted(key for key in spec["model"] if meta["model"].get(key) != spec["model"][key])
-        held, asked = ({key: model.get(key) for key in names} for model in (meta["model"], spec["model"]))
-        raise errors.UserError(
-            f"The checkpoint {path} is of another model: it has {held}, the config says {asked}. {way_out}"
-        )
-    for name, item in like.items():
-        if name not in meta["layouts"]:
-            raise errors.UserError(
-                f"The checkpoint {path} holds no {name!r}, only {sorted(meta['layouts'])}. {way_out}"
-            )
-        if meta["layouts"][name] != layout(item):
-            raise errors.UserError(
-                f"The {name!r} in the checkpoint {path} have other names or shapes than this config makes "
-                f"(another optimizer, another EMA?). {way_out}"
-            )
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            check_name(inside / str(step))
+            value = read_one(inside / str(step))
+        except DamagedError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            logging.warning("%s Reading the one before.", error)
+        return value
+    raise UserError(f"No checkpoint in {inside} can be read. {damaged[0]}")
 
 
 def newest(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: a checkpoint itself, or the newest one of a workdir.
+    """The checkpoint meant by `path`, as in `first_readable`: the newest whose meta data are in order.
 
     Raises:
         UserError: there is none.
     """
-    path = Path(path).absolute()
-    if not path.exists():
-        raise errors.UserError(f"There is no checkpoint at {path}: no such folder.")
-    if (path / "meta").is_dir():
-        return path
-    inside = path if path.name == FOLDER else folder(path)
-    step = newest_step(inside)
-    if step is None:
-        raise errors.UserError(
-            f"There is no checkpoint in {path}. Give a --workdir of train.py, or a checkpoint in it."
-        )
-    return inside / str(step)
+
+    def read_one(checkpoint: Path) -> Path:
+        _read_meta(checkpoint)
+        return checkpoint
+
+    return first_readable(path, read_one)
 
 
-def newest_step(checkpoints: Path) -> int | None:
-    """The last step of the complete checkpoints in that folder (Orbax renames a folder when it is complete)."""
-    names = [child.name for child in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=None)
+def check_name(path: Path) -> None:
+    """Raises `DamagedError` unless the step inside the checkpoint is the one that its name says."""
+    step = _read_meta(path).get("step", int(path.name))
+    if step != int(path.name):
+        raise DamagedError(path, f"it is that of step {step} under another name")
+
+
+# ---- reading
 
 
 def read_meta(path: str | Path) -> Meta:
-    """The meta data of the checkpoint that `path` means.
+    """The meta data of the checkpoint that `path` means, as in `first_readable`.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    return first_readable(path, _read_meta)
+
+
+def _read_meta(path: Path) -> Meta:
     try:
-        return read(newest(path), {})[1]
-    except DamagedError as error:
-        raise errors.UserError(f"The checkpoint {newest(path)} is damaged: {error}") from error
+        meta = json.loads((path / "meta" / "metadata").read_bytes())
+    except PermissionError as error:
+        raise UserError(f"The checkpoint {path} cannot be read: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(path, f"its meta data cannot be read: {first_line(error)}") from error
+    fields = {"checksums": dict, "layouts": dict, "model": dict}
+    if not isinstance(meta, dict) or any(not isinstance(meta.get(name), kind) for name, kind in fields.items()):
+        raise DamagedError(path, "its meta data are not those of a checkpoint")
+    sums = dict(meta["checksums"])
+    if "meta" in sums:  # older checkpoints lack it
+        seal = sums.pop("meta")
+        if seal != _checksum_of_json(meta | {"checksums": sums}):
+            raise DamagedError(path, "the checksum of its meta data differs")
+    return meta
+
+
+def read(path: Path, like: Mapping[str, Tree], spec: Mapping[str, Any] | None = None) -> tuple[dict[str, Tree], Meta]:
+    """The items named in `like` and the meta data of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        like: an item's name -> a tree of arrays or shapes, whose shapes, types and shardings the result has.
+        spec: what the checkpoint must be of: `spec["model"]` is compared, and `spec["task"]` where both have one.
+
+    Raises:
+        DamagedError: it cannot be read, or it reads differently from what was written.
+        UserError: it is of another spec, or its items are not like `like`.
+    """
+    meta = _read_meta(path)
+    if spec is not None:
+        _check_spec(path, meta, spec)
+    _check_layouts(path, meta, like)
+    items = {}
+    for name, item in like.items():
+        arrays = _read_arrays(path, name, list(layout(item)))
+        if checksum(arrays) != meta["checksums"].get(name):
+            raise DamagedError(path, f"the checksum of its {name} differs")
+        leaves, tree = jax.tree.flatten(item)
+        items[name] = jax.tree.unflatten(tree, map(_placed, arrays, leaves))
+    return items, meta
+
+
+def _read_arrays(path: Path, item: str, names: list[str]) -> list[np.ndarray]:
+    """The leaves of an item, by TensorStore alone: Orbax answers a damaged file with a traceback for each array."""
+    import tensorstore
+
+    with _store(path, item) as store:
+        keys = store.list().result()
+        driver = "zarr3" if any(key.endswith(b"/zarr.json") for key in keys) else "zarr"
+        places = [store.spec().to_json() | {"path": f"{name.replace('/', '.')}/"} for name in names]
+        opening = [tensorstore.open({"driver": driver, "kvstore": place}, open=True, read=True) for place in places]
+        reading = [each.result().read() for each in opening]
+        return [each.result() for each in reading]
+
+
+@contextlib.contextmanager
+def _store(path: Path, item: str) -> Iterator[Any]:
+    """What holds the arrays of an item by their names; an error of the body is turned into ours."""
+    import tensorstore
+
+    with plain_path(path) as safe:
+        try:
+            base = {"driver": "file", "path": f"{safe / item}/"}
+            yield tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        except Exception as error:  # of several kinds
+            if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
+                raise UserError(f"The checkpoint {path} cannot be read here: {first_line(error)}.") from error
+            raise DamagedError(path, f"its {item} cannot be read: {first_line(error)}") from error
+
+
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    sharding = getattr(like, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def _check_spec(path: Path, meta: Meta, spec: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(dict(spec)))
+    if "task" in meta and "task" in wanted and meta["task"] != wanted["task"]:
+        raise UserError(
+            f"The checkpoint {path} is of the task {meta['task']!r}, the config's is {wanted['task']!r}. {WAY_OUT}"
+        )
+    names = sorted(key for key in wanted["model"] if meta["model"].get(key) != wanted["model"][key])
+    if names:
+        held, asked = ({key: model.get(key) for key in names} for model in (meta["model"], wanted["model"]))
+        raise UserError(f"The checkpoint {path} is of another model: it has {held}, the config says {asked}. {WAY_OUT}")
+
+
+def _check_layouts(path: Path, meta: Meta, like: Mapping[str, Tree]) -> None:
+    for name, item in like.items():
+        if name not in meta["layouts"]:
+            raise UserError(f"The checkpoint {path} holds no {name!r}, only {sorted(meta['layouts'])}. {WAY_OUT}")
+        held, wanted = meta["layouts"][name], layout(item)
+        if isinstance(held, int):  # older checkpoints have a number in place of the names
+            same, which = held == _layout_number(item), "other names or shapes (another optimizer, another EMA?)"
+        else:
+            same, which = held == wanted, differences(held, wanted)
+        if not same:
+            raise UserError(f"The {name!r} in the checkpoint {path} does not fit this config: {which}. {WAY_OUT}")
+
+
+def _layout_number(tree: Tree) -> int:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    text = [f"{jax.tree_util.keystr(path)} {_form(leaf)}" for path, leaf in leaves]
+    return zlib.crc32("\n".join(text).encode())
+
+
+# ---- writing
 
 
 def write_weights(workdir: str | Path, spec: Mapping[str, Any], variables: Tree, **meta: Any) -> None:
@@ -149,10 +295,57 @@ def write_weights(workdir: str | Path, spec: Mapping[str, Any], variables: Tree,
     Raises:
         UserError: there are checkpoints already.
     """
+    import orbax.checkpoint as ocp
+
     target = folder(workdir)
     if target.exists() and any(target.iterdir()):
-        raise errors.UserError(f"{target} has checkpoints already: nothing was written. Name another folder.")
-    contents = {"step": 0, **spec} | fingerprints({"variables": variables}) | meta
-    items = ocp.args.Composite(variables=ocp.args.StandardSave(variables), meta=ocp.args.JsonSave(contents))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(target / "0", items)
+        raise UserError(f"{target} has checkpoints already: nothing was written. Name another folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    items = {"variables": variables}
+    with plain_path(target) as safe, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(safe / "0", arguments({"step": 0, **spec, **meta}, items))
+    check_complete(target / "0")
+
+
+def arguments(meta: Mapping[str, Any], items: Mapping[str, Tree]) -> Any:
+    """What Orbax is to write for a checkpoint: `items`, and `meta` sealed."""
+    import orbax.checkpoint as ocp
+
+    saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    return ocp.args.Composite(meta=ocp.args.JsonSave(sealed(meta, items)), **saved)
+
+
+def check_complete(path: Path) -> None:
+    """Raises `DamagedError` unless what was written is there: the meta data, and each leaf in the index of its item.
+
+    It costs milliseconds, because it reads no array.
+    """
+    check_name(path)
+    for item, leaves in _read_meta(path)["layouts"].items():
+        with _store(path, item) as store:
+            names = store.list().result()
+        found = sum(name.endswith((b"/.zarray", b"/zarr.json")) for name in names)
+        if found < len(leaves):
+            raise DamagedError(path, f"its {item} has {found} of {len(leaves)} arrays")
+
+
+@contextlib.contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """A path to the folder `path` in which no character means anything: a link, where its own path is not so.
+
+    Orbax and TensorStore take `[`, `*`, `?` and a backslash for patterns and `gs:/` for an address: what is written below
+    a folder `lr[0.1]` would be incomplete.
+    """
+    if re.fullmatch(r"[\w/.,=+@-]{1,1000}", str(path), re.ASCII):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="simam_jax-") as temporary:
+        link = Path(temporary) / "checkpoint"
+        link.symlink_to(path, target_is_directory=True)
+        yield link
+
+
+def first_line(error: BaseException) -> str:
+    """The error in one short line."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text[:200]}".rstrip(". ")

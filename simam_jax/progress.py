@@ -1,5 +1,6 @@
 """Lines for whoever watches a run: on the terminal and in `train.log`."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ class Progress:
         """A line that stays."""
         if not self._active:
             return
-        print(f"\r\x1b[K{text}" if self._pending else text, flush=True)
+        self._print(f"\r\x1b[K{text}\n" if self._pending else f"{text}\n")
         self._pending = False
         if self._log:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -31,8 +32,16 @@ class Progress:
     def show(self, text: str) -> None:
         """A line that the next one replaces; on something that is no terminal, nothing."""
         if self._active and self._terminal:
-            print(f"\r\x1b[K{text}", end="", flush=True)
+            self._print(f"\r\x1b[K{text}")
             self._pending = True
+
+    @staticmethod
+    def _print(text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError:  # the terminal, or the program behind the pipe, is gone: the run is not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         if self._log:

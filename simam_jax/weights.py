@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 
 from simam_jax import checkpoints, convert, errors, models
 from simam_jax.models import variable_shapes
@@ -29,15 +27,14 @@ def load(path: str | Path, *, ema: bool = False) -> tuple[nn.Module, Tree]:
     Raises:
         UserError: there is no checkpoint, it is damaged or of another model, or `ema` is asked of a run without one.
     """
-    path = checkpoints.newest(path)
-    model = models.create_model(**checkpoints.read_meta(path)["model"])
-    like = variable_shapes(model)
     item = "ema" if ema else "variables"
-    try:
-        items, _ = checkpoints.read(path, {item: like})
-    except checkpoints.DamagedError as error:
-        raise errors.UserError(f"The checkpoint {path} is damaged: {error}") from error
-    return model, items[item]
+
+    def read_one(checkpoint: Path) -> tuple[nn.Module, Tree]:
+        model = models.create_model(**checkpoints.read_meta(checkpoint)["model"])
+        items, _ = checkpoints.read(checkpoint, {item: variable_shapes(model)})
+        return model, items[item]
+
+    return checkpoints.first_readable(path, read_one)
 
 
 def start_from(path: str, model: nn.Module, spec: Mapping[str, Any], fresh: Tree, *, skip_head: bool) -> Tree:
@@ -52,22 +49,10 @@ def start_from(path: str, model: nn.Module, spec: Mapping[str, Any], fresh: Tree
         _, found = convert.load_torch(path, skip_head=skip_head, **spec["model"])
     if skip_head:
         found = found | {"params": found["params"] | {convert.HEAD: fresh["params"][convert.HEAD]}}
-    if checkpoints.layout(found) != checkpoints.layout(fresh):
+    if wrong := checkpoints.differences(checkpoints.layout(found), checkpoints.layout(fresh)):
         raise errors.UserError(
             f"The weights of config.init_from={path} do not fit {spec['model']['name']} with "
-            f"{spec['model']['num_classes']} classes: {_differences(found, fresh)}. Another number of classes is no obstacle with --config.init_skip_head=True."
+            f"{spec['model']['num_classes']} classes: {wrong}. Another number of classes is no obstacle with "
+            f"--config.init_skip_head=True."
         )
     return found
-
-
-def _differences(found: Tree, wanted: Tree) -> str:
-    shapes = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (found, wanted))
-    has, needs = (flatten_dict(tree, sep="/") for tree in shapes)
-    lines = [f"missing {name}" for name in sorted(set(needs) - set(has))]
-    lines += [f"unexpected {name}" for name in sorted(set(has) - set(needs))]
-    lines += [
-        f"{name} is {has[name]} and not {needs[name]}"
-        for name in sorted(set(has) & set(needs))
-        if has[name] != needs[name]
-    ]
-    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")

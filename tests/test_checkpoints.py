@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import zlib
 from pathlib import Path
 
 import jax
@@ -9,162 +11,382 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from processes import wait_for
 
 import simam_jax
-from simam_jax import UserError, checkpoints
-from simam_jax.checkpoints import Checkpoints
-from simam_jax.training.state import create_state, init_variables
-from simam_jax.training.step import whole_on
+from simam_jax import UserError, checkpoints, models
+from simam_jax.training.checkpointer import Checkpointer
+from simam_jax.training.state import create_state
+from simam_jax.training.step import replicated
 
-SPEC = {"name": "cifar_resnet20", "num_classes": 10, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
-META = {"model": SPEC, "elapsed_seconds": 1.5}
+MODEL = {"name": "cifar_resnet20", "num_classes": 10, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
+SPEC = {"task": "classification", "model": MODEL}
+META = SPEC | {"elapsed_seconds": 1.5}
+
+
+@pytest.fixture
+def state(mesh_of):
+    """A small one: what a checkpoint holds need not be a network."""
+    variables = {"params": {"conv": {"kernel": jnp.arange(24.0).reshape(2, 3, 4)}, "fc": {"bias": jnp.ones(7)}}}
+    made = create_state(variables, optax.sgd(0.1, momentum=0.9), seed=3, ema=True)
+    return jax.device_put(made, replicated(mesh_of(1)))
 
 
 @pytest.fixture(scope="module")
 def variables():
-    model = simam_jax.create_model("cifar_resnet20", num_classes=10)
-    return init_variables(model, jax.random.key(0))
-
-
-@pytest.fixture
-def state(variables, mesh_of):
-    copy = jax.tree.map(jnp.copy, variables)
-    return jax.device_put(create_state(copy, optax.sgd(0.1, momentum=0.9), seed=3, ema=True), whole_on(mesh_of(1)))
+    return models.init_variables(simam_jax.create_model("cifar_resnet20", num_classes=10), jax.random.key(0))
 
 
 def at(state, step: int):
     return state.replace(step=jnp.array(step, jnp.int32), variables=jax.tree.map(lambda x: x + step, state.variables))
 
 
-def steps_in(workdir) -> list[int]:
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+def saved(workdir, state, *steps, meta=META) -> Checkpointer:
+    """A run's checkpoints after these updates."""
+    store = Checkpointer(workdir, keep_last=9, keep_best=1)
+    for step in steps:
+        store.save(at(state, step), meta)
+    store.wait()
+    return store
 
 
 def equal(a, b) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), jax.device_get(a), jax.device_get(b)))
 
 
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# ---- what stays, and what comes back
+
+
 def test_the_last_ones_and_the_best_one_are_kept_across_a_restart(tmp_path, state):
     for first, scores in ((1, [0.1, 0.9, 0.3]), (5, [0.2, 0.5])):
-        store = Checkpoints(tmp_path, keep_last=2, keep_best=1)
-        for step, top1 in enumerate([*scores, None], first):  # the last of each run on request, not evaluated
-            store.save(at(state, step), META, top1)
+        store = Checkpointer(tmp_path, keep_last=2, keep_best=1)
+        for step, score in enumerate([*scores, None], first):  # the last of each run on request, not evaluated
+            store.save(at(state, step), META, score)
         store.wait()
         store.close()
-    assert steps_in(tmp_path) == [2, 6, 7]
+    assert checkpoints.steps(tmp_path / "checkpoints") == [2, 6, 7]
     assert store.best_step() == 2
 
 
-def test_a_state_comes_back_bit_by_bit_on_another_number_of_devices(tmp_path, state, mesh_of):
-    store = Checkpoints(tmp_path, keep_last=1, keep_best=1)
-    store.save(at(state, 7), META)
+def test_of_equal_scores_the_latest_is_the_best_and_not_a_number_is_none(tmp_path, state):
+    store = Checkpointer(tmp_path, keep_last=1, keep_best=1)
+    for step, score in enumerate([0.5, 0.5, float("nan"), None], 1):
+        store.save(at(state, step), META, score)
     store.wait()
-    like = jax.device_put(state, whole_on(mesh_of(4)))
-    restored, meta = store.restore(like, SPEC)
+    assert checkpoints.steps(tmp_path / "checkpoints") == [2, 4]
+    assert store.best_step() == 2
+
+
+def test_none_is_kept_for_its_score_where_none_is_asked_for(tmp_path, state):
+    store = Checkpointer(tmp_path, keep_last=1, keep_best=0)
+    for step, score in enumerate([0.9, 0.5], 1):
+        store.save(at(state, step), META, score)
+    store.wait()
+    assert checkpoints.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_state_comes_back_bit_by_bit_on_another_number_of_devices(tmp_path, state, mesh_of):
+    store = saved(tmp_path, state, 7)
+    restored, meta = store.restore(jax.device_put(state, replicated(mesh_of(4))), SPEC)
     assert equal(restored, at(state, 7))
-    assert all(leaf.sharding == whole_on(mesh_of(4)) for leaf in jax.tree.leaves(restored))
+    assert all(leaf.sharding == replicated(mesh_of(4)) for leaf in jax.tree.leaves(restored))
     assert meta["elapsed_seconds"] == 1.5
     assert meta["step"] == 7
 
 
-def damage(path, how: str) -> None:
-    """Shortens, or changes one byte of, the largest file of arrays."""
-    file = max((p for p in (path / "variables").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def test_a_checkpoint_that_is_not_complete_is_no_checkpoint(tmp_path, state):
+    saved(tmp_path, state, 1).close()
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    half.mkdir()
+    reopened = Checkpointer(tmp_path, keep_last=3, keep_best=1)
+    assert reopened.latest_step() == 1
+    assert not half.exists()
+
+
+def test_a_save_that_did_not_happen_is_an_error(tmp_path, state):
+    store = Checkpointer(tmp_path, keep_last=3, keep_best=1)
+    store.save(at(state, 1), META)
+    store._writer.wait_until_finished()
+    shutil.rmtree(store.path(1) / "variables" / "d")  # as if a part of it had never been written
+    (store.path(1) / "variables" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match=r"could not be written.*variables has 0 of 2 arrays.*no checkpoint yet"):
+        store.wait()
+    assert checkpoints.steps(tmp_path / "checkpoints") == []
+
+
+# ---- damage
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def damage(file: Path, how: str) -> None:
     content = bytearray(file.read_bytes())
-    if how == "truncated":
+    if how == "deleted":
+        file.unlink()
+        return
+    if how == "empty":
+        content = b""
+    elif how == "half":
         content = content[: len(content) // 2]
-    else:
+    elif content:
         content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how, tmp_path, state, caplog):
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    for step in (1, 2):
-        store.save(at(state, step), META)
-    store.wait()
-    damage(store.path(2), how)
-    with caplog.at_level(logging.WARNING):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A workdir with two checkpoints, whose largest files are those of arrays."""
+    state = create_state({"params": {"kernel": jnp.arange(600.0)}}, optax.sgd(0.1, momentum=0.9), seed=3, ema=False)
+    workdir = tmp_path_factory.mktemp("two")
+    saved(workdir, state, 1, 2).close()
+    return workdir, state
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "flipped", "deleted"])
+def test_whatever_file_of_the_newest_is_damaged_the_run_goes_on_and_readers_too(how, two, tmp_path, caplog):
+    original, state = two
+    relative = [file.relative_to(original) for file in files_of(original / "checkpoints" / "2")]
+    assert len(relative) > 20
+    fallen_back = set()
+    for number, name in enumerate(relative):
+        workdir = tmp_path / str(number)
+        shutil.copytree(original, workdir)
+        damage(workdir / name, how)
+        caplog.clear()
+        item, _ = checkpoints.first_readable(
+            workdir, lambda path: checkpoints.read(path, {"variables": state.variables}, SPEC)
+        )
+        store = Checkpointer(workdir, keep_last=3, keep_best=1)
+        caplog.clear()
         restored, _ = store.restore(state, SPEC)
-    assert int(restored.step) == 1
-    assert f"{store.path(2)} is damaged" in caplog.text
-    assert (tmp_path / "checkpoints" / "damaged" / "2").is_dir()
-    store.save(at(state, 2), META)  # the same step again, as the resumed run will
+        step = int(restored.step)
+        assert equal(restored, at(state, step)), name
+        assert equal(item["variables"], at(state, 1).variables) or equal(item["variables"], at(state, 2).variables)
+        if step == 1:
+            fallen_back.add(str(name))
+            (warning,) = warnings_of(caplog)
+            assert f"{store.path(2)} is damaged" in warning
+            assert len(warning) < 600, warning
+            assert "\n" not in warning, warning
+            assert (workdir / "checkpoints" / "damaged" / "2").is_dir()
+        else:  # a file that the content does not depend on
+            assert step == 2
+            assert not warnings_of(caplog)
+    store.save(at(state, step + 1), META)  # perhaps the same step again, as the resumed run will
     store.wait()
-    assert int(store.restore(state, SPEC)[0].step) == 2
+    assert store.latest_step() == step + 1
+    assert {f"checkpoints/2/{name}" for name in ("meta/metadata", "variables/manifest.ocdbt")} <= fallen_back
 
 
-def test_a_checkpoint_that_is_not_complete_is_no_checkpoint(tmp_path, state):
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    store.save(at(state, 1), META)
-    store.wait()
-    store.close()
-    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-1"
-    half.mkdir()
-    reopened = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    assert reopened.latest_step() == 1
-    wait_for(lambda: not half.exists(), seconds=20)  # Orbax clears up in the background
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "7", '{"checksums": {}, "layouts": {}}', '{"checksums": 3}'])
+def test_meta_data_of_another_shape_are_damage(content, tmp_path, state, caplog):
+    store = saved(tmp_path, state, 1, 2)
+    (store.path(2) / "meta" / "metadata").write_text(content)
+    assert checkpoints.newest(tmp_path) == store.path(1)
+    caplog.clear()
+    assert int(store.restore(state, SPEC)[0].step) == 1
+    (warning,) = warnings_of(caplog)
+    assert "its meta data are not those of a checkpoint" in warning
+
+
+def test_a_flipped_bit_in_any_byte_of_the_meta_data_is_noticed(tmp_path, state):
+    store = saved(tmp_path, state, 1, meta=META | {"class_names": ["cat", "dog"]})
+    file = store.path(1) / "meta" / "metadata"
+    content, meta = file.read_bytes(), checkpoints.read_meta(tmp_path)
+    for index in range(len(content)):
+        changed = bytearray(content)
+        changed[index] ^= 1 << index % 8
+        file.write_bytes(changed)
+        try:
+            found = checkpoints.read_meta(tmp_path)
+        except UserError:
+            continue
+        # What still reads says the same: white space, or the name of the checksum itself.
+        for each in (found, meta):
+            each["checksums"] = {name: each["checksums"][name] for name in ("variables", "ema", "training")}
+        assert found == meta
 
 
 def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path, state):
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    store.save(at(state, 1), META)
-    store.wait()
-    damage(store.path(1), "truncated")
+    store = saved(tmp_path, state, 1)
+    damage(store.path(1) / "variables" / "manifest.ocdbt", "half")
     with pytest.raises(UserError, match="damaged"):
         store.restore(state, SPEC)
     assert (tmp_path / "checkpoints" / "damaged" / "1" / "meta").is_dir()
 
 
+def test_what_was_set_aside_earlier_stays(tmp_path, state):
+    for _ in range(2):
+        store = saved(tmp_path, state, 1)
+        damage(store.path(1) / "meta" / "metadata", "half")
+        with pytest.raises(UserError, match="damaged"):
+            store.restore(state, SPEC)
+        store.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "damaged").iterdir()) == ["1", "1-1"]
+
+
+def test_stray_names_are_no_checkpoints(tmp_path, state):
+    store = saved(tmp_path, state, 1)
+    folder = tmp_path / "checkpoints"
+    (folder / "99").write_text("a file")
+    (folder / "98").symlink_to("nowhere")
+    for name in ("-5", "12 (copy)", "²", "٣", "1e3", "007"):
+        shutil.copytree(store.path(1), folder / name)
+    store.close()
+    again = Checkpointer(tmp_path, keep_last=1, keep_best=0)
+    assert again.latest_step() == 1
+    assert int(again.restore(state, SPEC)[0].step) == 1
+    assert checkpoints.newest(tmp_path) == again.path(1)
+    for step in (98, 99):  # what is in the way of a checkpoint is moved, not lost
+        again.save(at(state, step), META)
+    again.wait()
+    assert int(again.restore(state, SPEC)[0].step) == 99
+    assert (folder / "damaged" / "99").read_text() == "a file"
+
+
+def test_a_checkpoint_under_a_higher_name_neither_counts_nor_stops_later_ones(tmp_path, state, caplog):
+    store = saved(tmp_path, state, 8, 9)
+    shutil.copytree(store.path(9), store.path(99))
+    store.close()
+    store = Checkpointer(tmp_path, keep_last=2, keep_best=0)
+    assert checkpoints.newest(tmp_path) == store.path(9)
+    caplog.clear()
+    assert int(store.restore(state, SPEC)[0].step) == 9
+    (warning,) = warnings_of(caplog)
+    assert "99 is damaged: it is that of step 9 under another name" in warning
+    store.save(at(state, 10), META)
+    store.wait()
+    assert checkpoints.steps(tmp_path / "checkpoints") == [9, 10]
+
+
+# ---- odd paths
+
+ODD = [
+    "lr[0.1]",
+    "*",
+    "a?b",
+    "sp ace",
+    "new\nline",
+    "ünïcode 模型",
+    "x" * 255,
+    "back\\slash",
+    "gs:",
+    "~",
+    "$HOME",
+    "{a,b}",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_workdir_may_have_any_name(name, tmp_path, state, variables):
+    workdir = tmp_path / name / "run"
+    (tmp_path / "0" / "run").mkdir(parents=True)  # what a pattern could match
+    workdir.mkdir(parents=True)
+    saved(workdir, state, 1, 2).close()
+    assert checkpoints.newest(workdir) == workdir / "checkpoints" / "2"
+    store = Checkpointer(workdir, keep_last=3, keep_best=1)
+    assert equal(store.restore(state, SPEC)[0], at(state, 2))
+    checkpoints.write_weights(workdir / name, SPEC, variables)
+    assert equal(simam_jax.load(workdir / name)[1], variables)
+
+
+def test_a_workdir_may_be_relative_behind_a_link_or_very_deep(tmp_path, state, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    saved("link", state, 1).close()
+    assert checkpoints.newest("link") == tmp_path / "link" / "checkpoints" / "1"
+    deep = tmp_path.joinpath(*["d" * 200] * 18)
+    deep.mkdir(parents=True)
+    assert equal(saved(deep, state, 1).restore(state, SPEC)[0], at(state, 1))
+
+
+# ---- of another kind, or older
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "cifar_resnet32"}, "of another model.*cifar_resnet20.*cifar_resnet32"),
-        ({"attention": "se"}, "of another model.*simam.*se"),
+        ({"model": MODEL | {"name": "cifar_resnet32"}}, "of another model.*cifar_resnet20.*cifar_resnet32"),
+        ({"model": MODEL | {"attention": "se"}}, "of another model.*simam.*se"),
+        ({"task": "detection"}, "of the task 'classification', the config's is 'detection'"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_and_stays(change, message, tmp_path, state):
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    store.save(at(state, 1), META)
-    store.wait()
+def test_a_checkpoint_of_another_spec_is_refused_and_stays(change, message, tmp_path, state):
+    store = saved(tmp_path, state, 1)
     with pytest.raises(UserError, match=message):
         store.restore(state, SPEC | change)
-    assert steps_in(tmp_path) == [1]
+    assert checkpoints.steps(tmp_path / "checkpoints") == [1]
 
 
-def test_another_optimizer_is_refused_and_the_checkpoint_stays(tmp_path, state, variables):
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    store.save(at(state, 1), META)
-    store.wait()
+def test_leaves_that_differ_are_named_and_the_checkpoint_stays(tmp_path, state):
+    store = saved(tmp_path, state, 1)
+    with pytest.raises(UserError, match=r"'training'.*missing opt_state/0/nu/conv/kernel"):
+        store.restore(create_state(state.variables, optax.adam(0.1), seed=0, ema=True), SPEC)
+    wider = jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), state.variables)
+    with pytest.raises(UserError, match=r"params/fc/bias is \(7,\) float32 and not \(7, 2\) float32"):
+        store.restore(state.replace(variables=wider), SPEC)
+    assert checkpoints.steps(tmp_path / "checkpoints") == [1]
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_continued(tmp_path, state):
+    """They have no task, no checksum of the meta data, numbers for layouts, and the score in an item of its own."""
+
+    def number(tree) -> int:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        text = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
+        return zlib.crc32("\n".join(text).encode())
+
+    store = saved(tmp_path, state, 1, 2)
+    items = {"variables": state.variables, "ema": state.ema}
+    items["training"] = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+    for step, score in ((1, 0.7), (2, 0.6)):
+        file = store.path(step) / "meta" / "metadata"
+        meta = json.loads(file.read_text())
+        del meta["task"], meta["score"], meta["checksums"]["meta"]
+        meta["layouts"] = {name: number(item) for name, item in items.items()}
+        file.write_text(json.dumps(meta))
+        (store.path(step) / "metrics").mkdir()
+        (store.path(step) / "metrics" / "metrics").write_text(json.dumps({"top1": score}))
+    store.close()
+    again = Checkpointer(tmp_path, keep_last=1, keep_best=1)
+    assert again.best_step() == 1
+    assert equal(again.restore(state, SPEC)[0], at(state, 2))
     with pytest.raises(UserError, match="another optimizer"):
-        store.restore(create_state(variables, optax.adam(0.1), seed=0, ema=True), SPEC)
-    assert steps_in(tmp_path) == [1]
+        again.restore(create_state(state.variables, optax.adam(0.1), seed=0, ema=True), SPEC)
+    again.save(at(state, 3), META, 0.5)
+    again.wait()
+    assert checkpoints.steps(tmp_path / "checkpoints") == [1, 3]
 
 
-def test_load_reads_the_variables_and_the_average_without_the_optimizer(tmp_path, state):
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
-    for step in (1, 2):
-        store.save(at(state, step), META)
-    store.wait()
-    model, variables = simam_jax.load(tmp_path)
+# ---- weights
+
+
+def test_load_reads_the_variables_and_the_average_without_the_optimizer(tmp_path, variables):
+    state = create_state(variables, optax.sgd(0.1, momentum=0.9), seed=3, ema=True)
+    store = saved(tmp_path, state, 1, 2)
+    model, found = simam_jax.load(tmp_path)
     assert model.attention == "simam"
-    assert equal(variables, at(state, 2).variables)
+    assert equal(found, at(state, 2).variables)
     assert equal(simam_jax.load(store.path(1))[1], at(state, 1).variables)
     assert equal(simam_jax.load(tmp_path, ema=True)[1], state.ema)
-    logits = jax.jit(model.apply)(variables, jnp.zeros((2, 32, 32, 3)))
+    logits = jax.jit(model.apply)(found, jnp.zeros((2, 32, 32, 3)))
     assert logits.shape == (2, 10)
 
 
 def test_weights_alone_are_loaded_but_not_continued(tmp_path, state, variables):
-    checkpoints.save_weights(tmp_path, SPEC, variables)
+    checkpoints.write_weights(tmp_path, SPEC, variables)
     assert equal(simam_jax.load(tmp_path)[1], variables)
-    store = Checkpoints(tmp_path, keep_last=3, keep_best=1)
+    store = Checkpointer(tmp_path, keep_last=3, keep_best=1)
     with pytest.raises(UserError, match=r"holds no 'ema'.*init_from"):
-        store.restore(state, SPEC)
+        store.restore(state.replace(variables=variables), SPEC)
     with pytest.raises(UserError, match="checkpoints already"):
-        checkpoints.save_weights(tmp_path, SPEC, variables)
+        checkpoints.write_weights(tmp_path, SPEC, variables)
 
 
 @pytest.mark.parametrize(("make", "message"), [(False, "no such folder"), (True, "There is no checkpoint in")])
@@ -177,13 +399,8 @@ def test_load_of_nothing_says_so(make, message, tmp_path):
 
 
 def test_load_of_a_damaged_checkpoint_says_so(tmp_path, variables):
-    checkpoints.save_weights(tmp_path, SPEC, variables)
-    damage(tmp_path / "checkpoints" / "0", "flipped")
-    with pytest.raises(UserError, match="damaged"):
-        simam_jax.load(tmp_path)
-
-
-def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text(json.dumps({}))
-    with pytest.raises(UserError, match=r"workdir=.*cannot be written"):
-        checkpoints.writable(Path(tmp_path / "file" / "run"))
+    checkpoints.write_weights(tmp_path, SPEC, variables)
+    damage(max(files_of(tmp_path / "checkpoints" / "0" / "variables"), key=lambda p: p.stat().st_size), "flipped")
+    for path in (tmp_path, tmp_path / "checkpoints" / "0"):
+        with pytest.raises(UserError, match="damaged"):
+            simam_jax.load(path)

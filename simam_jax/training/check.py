@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from simam_jax.progress import duration
 from simam_jax.task import Task
 from simam_jax.training import prefetch
-from simam_jax.training.checkpointer import writable
 from simam_jax.training.run import build, initial_state
+from simam_jax.training.workdir import writable
 
 TIMED_STEPS = 4
 

@@ -1,6 +1,8 @@
 """The whole evaluation set, every example once."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -74,16 +76,20 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str, make_task: Callable[[C
         UserError: there is no readable checkpoint, or it is of another model.
     """
     run = build(config, make_task)
-    path = checkpoints.newest(workdir)
+    path, items = checkpoints.first_readable(workdir, partial(_scored, run))
     progress = Progress(None)
     progress.say(f"{path} on the {run.task.num_eval} images of {config.data.eval_split!r}")
-    like = run.task.shapes()
-    held = checkpoints.read_meta(path)["layouts"]
     eval_step = run.eval_step()
     scores: Scores = {}
     for prefix, item in ITEMS.items():
-        if item in held:
-            items, _ = checkpoints.read(path, {item: like}, run.task.spec)
+        if item in items:
             variables = jax.device_put(items[item], replicated(run.mesh))
             scores |= prefixed(evaluate(run, eval_step, variables, progress), prefix)
     progress.say(describe(run.task, scores))
+
+
+def _scored(run: Run, path: Path) -> tuple[Path, dict[str, Tree]]:
+    """The items of the checkpoint at `path` that are scored."""
+    like, held = run.task.shapes(), checkpoints.read_meta(path)["layouts"]
+    items, _ = checkpoints.read(path, {item: like for item in ITEMS.values() if item in held}, run.task.spec)
+    return path, items

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run between two updates, on all hosts after the same one."""
+"""SIGTERM, SIGINT and SIGHUP end a run between two updates, on all hosts after the same one."""
 
 import contextlib
 import os
@@ -8,24 +8,27 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 @contextlib.contextmanager
-def watched() -> Iterator[Callable[[int], bool]]:
-    """Gives `requested(step) -> bool`, to be asked after each update: whether the run is to end now, after that one."""
-    if jax.process_count() > 1:
-        # JAX's runtime catches SIGTERM and lets the processes agree on the update after which they stop.
-        previous = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        try:
-            yield multihost_utils.reached_preemption_sync_point
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        return
+def stop_on_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields `should_stop(step)`; call it after every update.
 
+    A signal that comes earlier, while the run is being built or compiled, counts from the first call on.
+    """
     caught: list[int] = []
-    names = (signal.SIGTERM, signal.SIGINT)
-    previous_handlers = [signal.signal(name, lambda number, _: caught.append(number)) for name in names]
+    several = jax.process_count() > 1
+
+    def handle(number: int, _frame: object) -> None:
+        caught.append(number)
+        if several:  # JAX's runtime catches SIGTERM, and lets the processes agree on the update after which they stop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    names = [name for name in SIGNALS if not several or name != signal.SIGTERM]
+    previous = {name: signal.signal(name, handle) for name in names if signal.getsignal(name) != signal.SIG_IGN}
     try:
-        yield lambda _step: bool(caught)
+        yield multihost_utils.reached_preemption_sync_point if several else lambda _step: bool(caught)
     finally:
-        for name, handler in zip(names, previous_handlers, strict=True):
+        for name, handler in previous.items():
             signal.signal(name, handler)

@@ -13,37 +13,40 @@ from simam_jax import errors
 from simam_jax.progress import Progress, duration
 from simam_jax.task import Scores, Task
 from simam_jax.training import distributed, interruption, metrics, prefetch
-from simam_jax.training.checkpointer import Checkpointer, writable
+from simam_jax.training.checkpointer import Checkpointer
 from simam_jax.training.evaluation import describe, evaluate, prefixed
 from simam_jax.training.meter import Meter
 from simam_jax.training.profile import Profiler
 from simam_jax.training.run import Run, build, initial_state, plain
+from simam_jax.training.workdir import lock, writable
 
 
 def train(config: ConfigDict, workdir: str, make_task: Callable[[ConfigDict], Task]) -> None:
     """Trains what `make_task(config)` describes, into `workdir`; continues what is there.
 
-    SIGTERM and SIGINT save a checkpoint and end the run in good order.
+    SIGTERM, SIGINT and SIGHUP save a checkpoint and end the run in good order.
 
     Raises:
         UserError: the config, the data or the workdir cannot be used, the loss is not finite, nothing can be written.
     """
     folder = writable(workdir)
-    run = build(config, make_task)
-    store = Checkpointer(folder, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
-    progress = Progress(folder)
-    try:
-        _train(run, folder, store, progress)
-    except OSError as error:
-        raise errors.UserError(
-            f"{folder} cannot be written: {error}. {store.last_good()}. Make room, then start the same command again."
-        ) from error
-    finally:
-        progress.close()
-        store.close()
+    with interruption.stop_on_signal() as should_stop, lock(folder):
+        run = build(config, make_task)
+        store = Checkpointer(folder, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
+        progress = Progress(folder)
+        try:
+            _train(run, folder, store, progress, should_stop)
+        except OSError as error:
+            raise errors.UserError(
+                f"{folder} cannot be written: {error}. {store.last_good()}. "
+                f"Make room, then start the same command again."
+            ) from error
+        finally:
+            progress.close()
+            store.close()
 
 
-def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> None:
+def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress, should_stop: Callable[[int], bool]) -> None:
     config, task, num_steps = run.config, run.task, run.num_steps
 
     # ---- where to begin
@@ -88,7 +91,6 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> N
 
     # ---- update, look, save
     with (
-        interruption.watched() as stop_requested,
         contextlib.closing(distributed.Watchdog(config.max_step_seconds)) as watchdog,
         contextlib.closing(metrics.MetricWriter(folder, plain(config))) as writer,
     ):
@@ -101,7 +103,7 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress) -> N
             watchdog.beat(step)
             profiler.after(step, values)
             store.check()
-            stop = stop_requested(step) and step < num_steps
+            stop = should_stop(step) and step < num_steps
 
             log = config.log_every_steps and step % config.log_every_steps == 0
             if log or step in report_at or stop:

@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ class MetricWriter:
 
         from simam_jax.data import tensorflow_cpu  # noqa: F401  keeps TensorFlow off the GPUs
 
-        self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
+        self._lines = _appended(workdir / "metrics.jsonl")
         self._boards = metric_writers.create_default_writer(str(workdir), asynchronous=False)
         self._boards.write_hparams(flat(hyper_parameters))
 
@@ -54,6 +54,15 @@ class MetricWriter:
         if self._active:
             self._boards.close()
             self._lines.close()
+
+
+def _appended(path: Path) -> TextIO:
+    """The file of records, open behind the last whole one: what a kill cut off goes."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
