@@ -18,8 +18,10 @@ from sklearn.datasets import load_sample_images
 
 import simam_jax
 from benchmarks.report import report
-from simam_jax import checkpoints, convert
+from simam_jax import checkpoints
 from simam_jax.models import variable_shapes
+from simam_jax.torch_weights.files import write_state
+from simam_jax.torch_weights.names import to_torch
 
 README = (ROOT / "README.md").read_text()
 
@@ -57,7 +59,7 @@ def place(tmp_path_factory):
         checkpoints.write_weights(folder / "runs" / workdir, {"task": "classification", "model": spec}, variables)
         rows = [{"step": k, "epoch": k, "train/top1": k / 9, "eval/top1": k / 10} for k in range(1, 9)]
         (folder / "runs" / workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert.write_state(convert.to_torch(variables, "resnet50"), folder / "resnet50_simam.pth.tar")
+    write_state(to_torch(variables, "resnet50"), folder / "resnet50_simam.pth.tar")
     (folder / "photos").mkdir()
     for name, photograph in zip(("cat.jpg", "dog.jpg"), load_sample_images().images, strict=True):
         for target in (folder / name, folder / "photos" / name):

@@ -124,7 +124,8 @@ def test_weights_that_do_not_fit_are_listed(trained):
 
 
 def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
-    from simam_jax.convert import to_torch, write_state
+    from simam_jax.torch_weights.files import write_state
+    from simam_jax.torch_weights.names import to_torch
 
     _, variables = simam_jax.load(trained)
     path = tmp_path / "original.npz"
@@ -171,5 +172,5 @@ def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
 
 def _shallow(model):
     """The same network with one block in every stage."""
-    sizes = getattr(model, "stage_sizes", ())
-    return model.clone(stage_sizes=(1,) * len(sizes)) if sizes else model
+    sizes = getattr(model.backbone, "stage_sizes", ())
+    return model.with_backbone(stage_sizes=(1,) * len(sizes)) if sizes else model
