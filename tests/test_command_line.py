@@ -1,6 +1,7 @@
 """What a user meets first: a quick import, and one clear message for a wrong command."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -97,3 +98,12 @@ def test_a_package_that_is_missing_is_an_error_that_names_the_extra(module):
 def test_modules_that_no_extra_brings_keep_their_own_error():
     with pytest.raises(ModuleNotFoundError, match="no_such_module"), errors.naming_extras():
         importlib.import_module("no_such_module")
+
+
+@pytest.mark.slow
+def test_a_command_that_imports_tensorflow_prints_nothing_of_its_start():
+    code = "import importlib; from simam_jax.errors import run_cli; run_cli(lambda: importlib.import_module('tensorflow') and 0)"
+    quiet = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
