@@ -32,7 +32,7 @@ SET_UP = [line for line in COMMANDS if "python3 -m venv" in line]  # the tests t
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the README speaks of: trained networks, the original's file, photographs."""
+    """A folder with what the README speaks of: trained networks, a PyTorch file, photographs."""
     folder = tmp_path_factory.mktemp("readme")
     for workdir, name, classes in (
         ("digits", "cifar_resnet20", 10),
