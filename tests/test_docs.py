@@ -88,7 +88,8 @@ def test_the_api_reference_is_built(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "does not resolve" not in result.stdout + result.stderr
-    assert "Eq. 5 and 6" in (tmp_path / "simam_jax" / "attention.html").read_text()
+    assert "Eq. 5 and 6" in (tmp_path / "simam_jax.html").read_text()
+    assert not (tmp_path / "simam_jax" / "training.html").exists()  # internals are no API
     assert "Predictor" in (tmp_path / "simam_jax.html").read_text()
 
 
