@@ -11,6 +11,7 @@ from processes import pictures
 import simam_jax
 from configs import base, digits_resnet20_simam
 from simam_jax import checkpoints, models
+from simam_jax.models import mobilenet_v2
 from simam_jax.tasks import make_task
 from simam_jax.training import evaluation, loop
 from simam_jax.training.run import build, initial_state
@@ -156,6 +157,7 @@ def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
     """At a small size and with one block in every stage; the golden files hold for the whole networks."""
     full = models.create_model
     monkeypatch.setattr(models, "create_model", lambda *args, **kwargs: _shallow(full(*args, **kwargs)))
+    monkeypatch.setattr(mobilenet_v2, "STAGES", [(*shape, 1, stride) for *shape, _, stride in mobilenet_v2.STAGES])
     config = importlib.import_module(f"configs.{recipe}").get_config()
     small = {"data.source": "synthetic", "data.image_size": 32, "batch_size": 16, "model.bn_group_size": 4}
     config.update_from_flattened_dict(small | {"compilation_cache_dir": ""})
