@@ -1,7 +1,7 @@
 """Boxes: float32 x1, y1, x2, y2 in pixels, with x2 - x1 as the width.
 
 The only file that computes an intersection over union (IoU). Its decisions against a threshold equal those of float32
-arithmetic operation by operation, on every platform and under jit: see `exact_product`.
+arithmetic operation by operation, on every platform and under jit: see `exact_product` and `exact_quotient`.
 """
 
 import math
@@ -21,6 +21,11 @@ def exact_product(a: jax.Array, b: jax.Array) -> jax.Array:
     expression disagree. XLA does not fuse across a minimum.
     """
     return jnp.minimum(a * b, 3.4e38)
+
+
+def exact_quotient(a: jax.Array, divisor: float) -> jax.Array:
+    """a / divisor, rounded once. XLA multiplies by the rounded reciprocal instead if it sees that the divisor is constant."""
+    return a / jnp.where(a == a, jnp.asarray(divisor, a.dtype), 1)
 
 
 def area(boxes: jax.Array) -> jax.Array:

@@ -1,0 +1,257 @@
+"""RoIAlign (He et al., "Mask R-CNN", 2017, section 3) over a feature pyramid, as two small matrix products for each roi.
+
+A bin's value is the mean over a grid of samples, as many in each direction as the bin is wide and high in places of the
+map, rounded up. Bilinear interpolation and the mean both separate, so all bins of a roi are `Wy F Wx^T`, where a row of
+Wy holds one bin's weights of the map's rows: exact for any number of samples, and with sizes that do not depend on it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from simam_jax.ops.boxes import exact_product, exact_quotient
+
+# A sample has weight in a pixel if it is at most one place away. From six samples in a bin on, steps exceed 5/6, so at
+# most three samples are that near; five leave room for rounding. Up to five samples are simply all taken.
+_NEAR = 5
+
+
+class Bins(NamedTuple):
+    """The bins of rois along one axis, in places of the map; arrays of one shape (...)."""
+
+    start: jax.Array  # float32, where the first bin begins
+    size: jax.Array  # float32, of one bin
+    samples: jax.Array  # int32 in each bin, at most 0 for an empty roi
+
+
+def bins(low: jax.Array, high: jax.Array, count: int, scale: float) -> Bins:
+    """`count` bins from `low` to `high`, in pixels, on a map of `scale` places per pixel; pixel centres at 1/2."""
+    start, end = low * scale - 0.5, high * scale - 0.5
+    size = exact_quotient(end - start, count)
+    return Bins(start, size, jnp.ceil(size).astype(jnp.int32))
+
+
+def weights(of: Bins, count: int, pixels: jax.Array, size: int) -> jax.Array:
+    """(..., count, P) float32: the weight of each of `pixels` (P,) int32, places of an axis of `size`, in each bin.
+
+    A sample beyond -1 or `size` counts as zero; one between there and the border counts as the border.
+    """
+    start, bin_size, samples = (array[..., None, None] for array in of)
+    places = jnp.maximum(samples, 1)
+    first = start + exact_product(jnp.arange(count, dtype=jnp.float32)[:, None], bin_size)
+    step = jnp.maximum(bin_size / places, 1e-6)
+    nearest = jnp.floor((pixels - 1 - first) / step - 0.501)
+    nearest = jnp.where(samples <= _NEAR, 0, jnp.clip(nearest, 0, places.astype(jnp.float32))).astype(jnp.int32)
+    total = jnp.zeros(nearest.shape, jnp.float32)
+    for i in range(_NEAR):
+        sample = nearest + i
+        at = first + exact_product(sample + jnp.float32(0.5), bin_size) / places
+        inside = (at >= -1) & (at <= size) & (sample < samples)
+        distance = jnp.abs(jnp.clip(at, 0, size - 1) - pixels)
+        total += jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
+    return total / places
+
+
+class _Form(NamedTuple):
+    """How the work is cut: `chunk` rois at a time read one window of at most `tile` rows and columns after the other."""
+
+    chunk: int
+    tile: int | None  # None: the whole map, which all rois of a chunk share
+
+
+# CPUs read no more than a roi covers. Accelerators multiply by the whole map: no gather, no scatter, no small steps.
+_CPU = _Form(chunk=1, tile=16)
+_ACCELERATOR = _Form(chunk=64, tile=None)
+
+
+def roi_align(
+    maps: Sequence[jax.Array], rois: jax.Array, levels: jax.Array, valid: jax.Array, *, size: int, stride: int = 4
+) -> jax.Array:
+    """The features of rois, each from one level of the pyramid; differentiable in the maps.
+
+    Unlike the other operations it takes a batch of images, because under vmap the gradient's running sum over rois
+    would be copied at every step.
+
+    Args:
+        maps: the levels, finest first, each (N, H, W, C) floating, with half the resolution of the one before.
+        rois: (N, R, 4) float32 x1, y1, x2, y2 in pixels of the network's input. Empty ones get zeros.
+        levels: (N, R) int32, indices into `maps`.
+        valid: (N, R) bool: False for padding, which gets zeros.
+        size: bins in each direction: 7 for boxes, 14 for masks.
+        stride: pixels per place of the finest map.
+
+    Returns:
+        (N, R, size, size, C) of the maps' dtype; sums are float32.
+    """
+    return _roi_align(tuple(maps), lax.stop_gradient(rois), levels, valid, size, stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _roi_align(
+    maps: tuple[jax.Array, ...], rois: jax.Array, levels: jax.Array, valid: jax.Array, size: int, stride: int
+) -> jax.Array:
+    return _on_platform(_value, size, stride, maps, rois, levels, valid)
+
+
+def _roi_align_forward(
+    maps: tuple[jax.Array, ...], rois: jax.Array, levels: jax.Array, valid: jax.Array, size: int, stride: int
+) -> tuple[jax.Array, tuple]:
+    # Empty arrays carry the maps' shapes and dtype: the gradient does not depend on the maps.
+    shapes = tuple(jnp.zeros((*x.shape[:-1], 0), x.dtype) for x in maps)
+    return _roi_align(maps, rois, levels, valid, size, stride), (shapes, rois, levels, valid)
+
+
+def _roi_align_backward(size: int, stride: int, residuals: tuple, dy: jax.Array) -> tuple:
+    return _on_platform(_gradient, size, stride, *residuals, dy), None, None, None
+
+
+_roi_align.defvjp(_roi_align_forward, _roi_align_backward)
+
+
+def _on_platform(f, size: int, stride: int, *arrays):  # noqa: ANN001, ANN002, ANN202
+    return lax.platform_dependent(
+        *arrays, cpu=partial(f, _CPU, size, stride), default=partial(f, _ACCELERATOR, size, stride)
+    )
+
+
+def _value(
+    form: _Form,
+    size: int,
+    stride: int,
+    maps: tuple[jax.Array, ...],
+    rois: jax.Array,
+    levels: jax.Array,
+    valid: jax.Array,
+) -> jax.Array:
+    groups = _Groups(form, rois, levels, valid, len(maps))
+    channels = maps[0].shape[-1]
+    out = jnp.zeros((groups.padded, size, size, channels), jnp.float32)
+    for level, x in enumerate(maps):
+
+        def add(out: jax.Array, image: jax.Array, start: jax.Array, window: "_Window", x: jax.Array = x) -> jax.Array:
+            features = lax.dynamic_slice(x, (image, *window.corner, 0), (1, *window.shape, channels))[0]
+            rows = jnp.einsum("kph,hwc->kpwc", window.y, features.astype(jnp.float32), precision="highest")
+            values = jnp.einsum("kpwc,kqw->kpqc", rows, window.x, precision="highest")
+            before = lax.dynamic_slice_in_dim(out, start, form.chunk)
+            return lax.dynamic_update_slice_in_dim(out, before + values, start, axis=0)
+
+        out = groups.fold(level, x.shape[1:3], size, stride, add, out)
+    return groups.restore(out).astype(maps[0].dtype)
+
+
+def _gradient(
+    form: _Form,
+    size: int,
+    stride: int,
+    maps: tuple[jax.Array, ...],
+    rois: jax.Array,
+    levels: jax.Array,
+    valid: jax.Array,
+    dy: jax.Array,
+) -> tuple[jax.Array, ...]:
+    groups = _Groups(form, rois, levels, valid, len(maps))
+    channels = dy.shape[-1]
+    dy = groups.sort(dy)
+    gradients = []
+    for level, x in enumerate(maps):
+
+        def add(dx: jax.Array, image: jax.Array, start: jax.Array, window: "_Window") -> jax.Array:
+            own = lax.dynamic_slice_in_dim(dy, start, form.chunk).astype(jnp.float32)
+            rows = jnp.einsum("kpqc,kqw->kpwc", own, window.x, precision="highest")
+            values = jnp.einsum("kph,kpwc->hwc", window.y, rows, precision="highest")
+            at = (image, *window.corner, 0)
+            before = lax.dynamic_slice(dx, at, (1, *window.shape, channels))
+            return lax.dynamic_update_slice(dx, before + values, at)
+
+        dx = jnp.zeros((*x.shape[:3], channels), jnp.float32)
+        gradients.append(groups.fold(level, x.shape[1:3], size, stride, add, dx).astype(x.dtype))
+    return tuple(gradients)
+
+
+class _Window(NamedTuple):
+    corner: tuple[jax.Array, jax.Array]  # of the window in the map: row, column
+    shape: tuple[int, int]
+    y: jax.Array  # (chunk, bins, rows)
+    x: jax.Array  # (chunk, bins, columns)
+
+
+class _Groups:
+    """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map."""
+
+    def __init__(self, form: _Form, rois: jax.Array, levels: jax.Array, valid: jax.Array, num_levels: int) -> None:
+        self.form = form
+        self.images, self.rois_per_image = rois.shape[:2]
+        image = jnp.arange(self.images)[:, None]
+        group = jnp.where(valid, levels * self.images + image, num_levels * self.images).reshape(-1)
+        self.order = jnp.argsort(group, stable=True)
+        # The first roi of each group, and the end of the last.
+        self.starts = (group < jnp.arange(num_levels * self.images + 1)[:, None]).sum(1, dtype=jnp.int32)
+        self.padded = group.shape[0] + form.chunk
+        self.rois = self.sort(rois)
+
+    def sort(self, x: jax.Array) -> jax.Array:
+        """(N, R, ...) in the sorted order, (N * R + chunk, ...)."""
+        x = x.reshape(-1, *x.shape[2:])[self.order]
+        return jnp.pad(x, [(0, self.form.chunk)] + [(0, 0)] * (x.ndim - 1))
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The inverse of `sort`."""
+        return x[jnp.argsort(self.order)].reshape(self.images, self.rois_per_image, *x.shape[1:])
+
+    def fold(self, level: int, shape: tuple[int, int], size: int, stride: int, add, state: jax.Array) -> jax.Array:  # noqa: ANN001
+        """add(state, image, first roi, window) over all windows of all rois of a level."""
+        chunk, scale = self.form.chunk, 1 / (stride * 2**level)
+        tile = tuple(min(self.form.tile or n, n) for n in shape)
+
+        def of_image(image: jax.Array, state: jax.Array) -> jax.Array:
+            first, end = self.starts[level * self.images + image], self.starts[level * self.images + image + 1]
+
+            def of_chunk(i: jax.Array, state: jax.Array) -> jax.Array:
+                start = first + i * chunk
+                x1, y1, x2, y2 = lax.dynamic_slice_in_dim(self.rois, start, chunk).T
+                real = start + jnp.arange(chunk) < end
+                axes = [_Axis(low, high, real, size, scale, n, t) for low, high, n, t in
+                        ((y1, y2, shape[0], tile[0]), (x1, x2, shape[1], tile[1]))]  # fmt: skip
+                rows, columns = (axis.tiles for axis in axes)
+
+                def of_tile(j: jax.Array, state: jax.Array) -> jax.Array:
+                    (y, wy), (x, wx) = axes[0].tile_at(j // columns), axes[1].tile_at(j % columns)
+                    return add(state, image, start, _Window((y, x), tile, wy, wx))
+
+                return lax.fori_loop(0, rows * columns, of_tile, state)
+
+            return lax.fori_loop(0, -(-(end - first) // chunk), of_chunk, state)
+
+        return lax.fori_loop(0, self.images, of_image, state)
+
+
+class _Axis:
+    """One axis of a chunk of rois, cut into tiles of the map."""
+
+    def __init__(
+        self, low: jax.Array, high: jax.Array, real: jax.Array, size: int, scale: float, length: int, tile: int
+    ) -> None:
+        self.size, self.length, self.tile = size, length, tile
+        of = bins(low, high, size, scale)
+        self.bins = of._replace(samples=jnp.where(real, of.samples, 0))
+        # A chunk of several rois has one tile, the map; a single roi begins at its first place with a weight.
+        whole = tile == length
+        self.first = jnp.int32(0) if whole else _place(of.start, length)[0]
+        last = jnp.int32(0) if whole else _place(of.start + of.size * size + 1, length)[0]
+        self.tiles = jnp.where((self.bins.samples > 0).any(), (last - self.first) // tile + 1, 0)
+
+    def tile_at(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where tile i begins, moved into the map, and its weights (chunk, bins, tile)."""
+        begins = self.first + i * self.tile
+        corner = jnp.minimum(begins, self.length - self.tile)
+        pixels = corner + jnp.arange(self.tile)
+        own = weights(self.bins, self.size, pixels, self.length)
+        return corner, jnp.where(pixels >= begins, own, 0)
+
+
+def _place(x: jax.Array, length: int) -> jax.Array:
+    return jnp.clip(jnp.floor(x), 0, length - 1).astype(jnp.int32)
