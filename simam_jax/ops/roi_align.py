@@ -35,7 +35,7 @@ def bins(low: jax.Array, high: jax.Array, count: int, scale: float) -> Bins:
     return Bins(start, size, jnp.ceil(size).astype(jnp.int32))
 
 
-def weights(of: Bins, count: int, pixels: jax.Array, size: int) -> jax.Array:
+def weights(of: Bins, count: int, pixels: jax.Array, size: jax.Array | int) -> jax.Array:
     """(..., count, P) float32: the weight of each of `pixels` (P,) int32, places of an axis of `size`, in each bin.
 
     A sample beyond -1 or `size` counts as zero; one between there and the border counts as the border.
@@ -56,6 +56,37 @@ def weights(of: Bins, count: int, pixels: jax.Array, size: int) -> jax.Array:
     return total / places
 
 
+class Tiles:
+    """The tiles of an axis that the bins of one roi, or of several that share the only tile, have weights in."""
+
+    def __init__(self, of: Bins, bins: int, extent: jax.Array, length: int, tile: int, multiple: int = 1) -> None:
+        """
+        Args:
+            of: (K,) each.
+            bins: in each roi.
+            extent, length: places of the axis that count, and all.
+            tile: places in a tile, at most `length`.
+            multiple: tiles begin at multiples of this, which divides `tile` and `length`.
+        """
+        self.of, self.bins, self.extent, self.length, self.tile = of, bins, extent, length, tile
+
+        def place(x: jax.Array) -> jax.Array:
+            return jnp.clip(jnp.floor(x), 0, extent - 1).astype(jnp.int32)
+
+        whole = tile == length
+        self.first = jnp.int32(0) if whole else place(of.start)[0] // multiple * multiple
+        last = jnp.int32(0) if whole else place(of.start + of.size * bins + 1)[0]
+        self.count = jnp.where((of.samples > 0).any(), (last - self.first) // tile + 1, 0)
+
+    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where tile i begins, moved into the axis, and its weights (K, bins, tile)."""
+        begins = self.first + i * self.tile
+        corner = jnp.minimum(begins, self.length - self.tile)
+        pixels = corner + jnp.arange(self.tile)
+        own = weights(self.of, self.bins, pixels, self.extent)
+        return corner, jnp.where(pixels >= begins, own, 0)
+
+
 class _Form(NamedTuple):
     """How the work is cut: `chunk` rois at a time read one window of at most `tile` rows and columns after the other."""
 
@@ -69,7 +100,14 @@ _ACCELERATOR = _Form(chunk=64, tile=None)
 
 
 def roi_align(
-    maps: Sequence[jax.Array], rois: jax.Array, levels: jax.Array, valid: jax.Array, *, size: int, stride: int = 4
+    maps: Sequence[jax.Array],
+    extents: jax.Array,
+    rois: jax.Array,
+    levels: jax.Array,
+    valid: jax.Array,
+    *,
+    size: int,
+    stride: int = 4,
 ) -> jax.Array:
     """The features of rois, each from one level of the pyramid; differentiable in the maps.
 
@@ -78,6 +116,8 @@ def roi_align(
 
     Args:
         maps: the levels, finest first, each (N, H, W, C) floating, with half the resolution of the one before.
+        extents: (N, 2) int32, the height and width in pixels of what is no padding to a batch's size: the map ends there,
+            and samples next to its end take the last place's value.
         rois: (N, R, 4) float32 x1, y1, x2, y2 in pixels of the network's input. Empty ones get zeros.
         levels: (N, R) int32, indices into `maps`.
         valid: (N, R) bool: False for padding, which gets zeros.
@@ -87,26 +127,33 @@ def roi_align(
     Returns:
         (N, R, size, size, C) of the maps' dtype; sums are float32.
     """
-    return _roi_align(tuple(maps), lax.stop_gradient(rois), levels, valid, size, stride)
+    return _roi_align(tuple(maps), _Rois(extents, lax.stop_gradient(rois), levels, valid), size, stride)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _roi_align(
-    maps: tuple[jax.Array, ...], rois: jax.Array, levels: jax.Array, valid: jax.Array, size: int, stride: int
-) -> jax.Array:
-    return _on_platform(_value, size, stride, maps, rois, levels, valid)
+class _Rois(NamedTuple):
+    extents: jax.Array
+    boxes: jax.Array
+    levels: jax.Array
+    valid: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _roi_align(maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int) -> jax.Array:
+    return _on_platform(_value, size, stride, maps, rois)
 
 
 def _roi_align_forward(
-    maps: tuple[jax.Array, ...], rois: jax.Array, levels: jax.Array, valid: jax.Array, size: int, stride: int
-) -> tuple[jax.Array, tuple]:
+    maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], _Rois]]:
     # Empty arrays carry the maps' shapes and dtype: the gradient does not depend on the maps.
     shapes = tuple(jnp.zeros((*x.shape[:-1], 0), x.dtype) for x in maps)
-    return _roi_align(maps, rois, levels, valid, size, stride), (shapes, rois, levels, valid)
+    return _roi_align(maps, rois, size, stride), (shapes, rois)
 
 
-def _roi_align_backward(size: int, stride: int, residuals: tuple, dy: jax.Array) -> tuple:
-    return _on_platform(_gradient, size, stride, *residuals, dy), None, None, None
+def _roi_align_backward(
+    size: int, stride: int, residuals: tuple[tuple[jax.Array, ...], _Rois], dy: jax.Array
+) -> tuple[tuple[jax.Array, ...], None]:
+    return _on_platform(_gradient, size, stride, *residuals, dy), None
 
 
 _roi_align.defvjp(_roi_align_forward, _roi_align_backward)
@@ -123,19 +170,17 @@ def _value(
     size: int,
     stride: int,
     maps: tuple[jax.Array, ...],
-    rois: jax.Array,
-    levels: jax.Array,
-    valid: jax.Array,
+    rois: _Rois,
 ) -> jax.Array:
-    groups = _Groups(form, rois, levels, valid, len(maps))
+    groups = _Groups(form, rois, len(maps))
     channels = maps[0].shape[-1]
     out = jnp.zeros((groups.padded, size, size, channels), jnp.float32)
     for level, x in enumerate(maps):
 
         def add(out: jax.Array, image: jax.Array, start: jax.Array, window: "_Window", x: jax.Array = x) -> jax.Array:
             features = lax.dynamic_slice(x, (image, *window.corner, 0), (1, *window.shape, channels))[0]
-            rows = jnp.einsum("kph,hwc->kpwc", window.y, features.astype(jnp.float32), precision="highest")
-            values = jnp.einsum("kpwc,kqw->kpqc", rows, window.x, precision="highest")
+            columns = _bins_of_columns(window.x, features.astype(jnp.float32))
+            values = jnp.einsum("kph,khqc->kpqc", window.y, columns, precision="highest")
             before = lax.dynamic_slice_in_dim(out, start, form.chunk)
             return lax.dynamic_update_slice_in_dim(out, before + values, start, axis=0)
 
@@ -148,12 +193,10 @@ def _gradient(
     size: int,
     stride: int,
     maps: tuple[jax.Array, ...],
-    rois: jax.Array,
-    levels: jax.Array,
-    valid: jax.Array,
+    rois: _Rois,
     dy: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    groups = _Groups(form, rois, levels, valid, len(maps))
+    groups = _Groups(form, rois, len(maps))
     channels = dy.shape[-1]
     dy = groups.sort(dy)
     gradients = []
@@ -161,7 +204,9 @@ def _gradient(
 
         def add(dx: jax.Array, image: jax.Array, start: jax.Array, window: "_Window") -> jax.Array:
             own = lax.dynamic_slice_in_dim(dy, start, form.chunk).astype(jnp.float32)
-            rows = jnp.einsum("kpqc,kqw->kpwc", own, window.x, precision="highest")
+            # For every row of bins a product without a transposition.
+            transposed = jnp.broadcast_to(window.x.mT[:, None], (form.chunk, size, window.shape[1], size))
+            rows = jnp.matmul(transposed, own, precision="highest")
             values = jnp.einsum("kph,kpwc->hwc", window.y, rows, precision="highest")
             at = (image, *window.corner, 0)
             before = lax.dynamic_slice(dx, at, (1, *window.shape, channels))
@@ -170,6 +215,15 @@ def _gradient(
         dx = jnp.zeros((*x.shape[:3], channels), jnp.float32)
         gradients.append(groups.fold(level, x.shape[1:3], size, stride, add, dx).astype(x.dtype))
     return tuple(gradients)
+
+
+def _bins_of_columns(x: jax.Array, features: jax.Array) -> jax.Array:
+    """(chunk, H, bins, C) from weights (chunk, bins, W) and features (H, W, C)."""
+    if x.shape[0] > 1:
+        return jnp.einsum("kqw,hwc->khqc", x, features, precision="highest")
+    # One product for every row: for a single one, XLA for CPUs would transpose the features.
+    rows = jnp.broadcast_to(x, (features.shape[0], *x.shape[1:]))
+    return jnp.matmul(rows, features, precision="highest")[None]
 
 
 class _Window(NamedTuple):
@@ -182,16 +236,16 @@ class _Window(NamedTuple):
 class _Groups:
     """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map."""
 
-    def __init__(self, form: _Form, rois: jax.Array, levels: jax.Array, valid: jax.Array, num_levels: int) -> None:
-        self.form = form
-        self.images, self.rois_per_image = rois.shape[:2]
+    def __init__(self, form: _Form, rois: _Rois, num_levels: int) -> None:
+        self.form, self.extents = form, rois.extents
+        self.images, self.rois_per_image = rois.valid.shape
         image = jnp.arange(self.images)[:, None]
-        group = jnp.where(valid, levels * self.images + image, num_levels * self.images).reshape(-1)
+        group = jnp.where(rois.valid, rois.levels * self.images + image, num_levels * self.images).reshape(-1)
         self.order = jnp.argsort(group, stable=True)
         # The first roi of each group, and the end of the last.
         self.starts = (group < jnp.arange(num_levels * self.images + 1)[:, None]).sum(1, dtype=jnp.int32)
         self.padded = group.shape[0] + form.chunk
-        self.rois = self.sort(rois)
+        self.boxes = self.sort(rois.boxes)
 
     def sort(self, x: jax.Array) -> jax.Array:
         """(N, R, ...) in the sorted order, (N * R + chunk, ...)."""
@@ -204,54 +258,29 @@ class _Groups:
 
     def fold(self, level: int, shape: tuple[int, int], size: int, stride: int, add, state: jax.Array) -> jax.Array:  # noqa: ANN001
         """add(state, image, first roi, window) over all windows of all rois of a level."""
-        chunk, scale = self.form.chunk, 1 / (stride * 2**level)
+        chunk, places = self.form.chunk, stride * 2**level
         tile = tuple(min(self.form.tile or n, n) for n in shape)
 
         def of_image(image: jax.Array, state: jax.Array) -> jax.Array:
+            extent = -(-self.extents[image] // places)
             first, end = self.starts[level * self.images + image], self.starts[level * self.images + image + 1]
 
             def of_chunk(i: jax.Array, state: jax.Array) -> jax.Array:
                 start = first + i * chunk
-                x1, y1, x2, y2 = lax.dynamic_slice_in_dim(self.rois, start, chunk).T
+                x1, y1, x2, y2 = lax.dynamic_slice_in_dim(self.boxes, start, chunk).T
                 real = start + jnp.arange(chunk) < end
-                axes = [_Axis(low, high, real, size, scale, n, t) for low, high, n, t in
-                        ((y1, y2, shape[0], tile[0]), (x1, x2, shape[1], tile[1]))]  # fmt: skip
-                rows, columns = (axis.tiles for axis in axes)
+                edges = bins(y1, y2, size, 1 / places), bins(x1, x2, size, 1 / places)
+                rows, columns = (
+                    Tiles(of._replace(samples=jnp.where(real, of.samples, 0)), size, extent[i], shape[i], tile[i])
+                    for i, of in enumerate(edges)
+                )
 
                 def of_tile(j: jax.Array, state: jax.Array) -> jax.Array:
-                    (y, wy), (x, wx) = axes[0].tile_at(j // columns), axes[1].tile_at(j % columns)
+                    (y, wy), (x, wx) = rows.at(j // columns.count), columns.at(j % columns.count)
                     return add(state, image, start, _Window((y, x), tile, wy, wx))
 
-                return lax.fori_loop(0, rows * columns, of_tile, state)
+                return lax.fori_loop(0, rows.count * columns.count, of_tile, state)
 
             return lax.fori_loop(0, -(-(end - first) // chunk), of_chunk, state)
 
         return lax.fori_loop(0, self.images, of_image, state)
-
-
-class _Axis:
-    """One axis of a chunk of rois, cut into tiles of the map."""
-
-    def __init__(
-        self, low: jax.Array, high: jax.Array, real: jax.Array, size: int, scale: float, length: int, tile: int
-    ) -> None:
-        self.size, self.length, self.tile = size, length, tile
-        of = bins(low, high, size, scale)
-        self.bins = of._replace(samples=jnp.where(real, of.samples, 0))
-        # A chunk of several rois has one tile, the map; a single roi begins at its first place with a weight.
-        whole = tile == length
-        self.first = jnp.int32(0) if whole else _place(of.start, length)[0]
-        last = jnp.int32(0) if whole else _place(of.start + of.size * size + 1, length)[0]
-        self.tiles = jnp.where((self.bins.samples > 0).any(), (last - self.first) // tile + 1, 0)
-
-    def tile_at(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where tile i begins, moved into the map, and its weights (chunk, bins, tile)."""
-        begins = self.first + i * self.tile
-        corner = jnp.minimum(begins, self.length - self.tile)
-        pixels = corner + jnp.arange(self.tile)
-        own = weights(self.bins, self.size, pixels, self.length)
-        return corner, jnp.where(pixels >= begins, own, 0)
-
-
-def _place(x: jax.Array, length: int) -> jax.Array:
-    return jnp.clip(jnp.floor(x), 0, length - 1).astype(jnp.int32)
