@@ -56,7 +56,7 @@ def mask_targets(
 
         def one_tile(j: jax.Array, covered: jax.Array) -> jax.Array:
             (y, wy), (x, wx) = rows.at(j // columns.count), columns.at(j % columns.count)
-            bits = lax.dynamic_slice(packed, (indices[i], y, x // 8), (1, tile[0], tile[1] // 8))[0]
+            bits = lax.dynamic_slice(packed, (indices[i].astype(jnp.int32), y, x // 8), (1, tile[0], tile[1] // 8))[0]
             pixels = unpack(bits, tile[1]).astype(jnp.float32)
             across = jnp.einsum("hw,qw->hq", pixels, wx[0], precision="highest")
             return covered + jnp.einsum("ph,hq->pq", wy[0], across, precision="highest")

@@ -23,8 +23,11 @@ def exact_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.minimum(a * b, 3.4e38)
 
 
-def exact_quotient(a: jax.Array, divisor: float) -> jax.Array:
-    """a / divisor, rounded once. XLA multiplies by the rounded reciprocal instead if it sees that the divisor is constant."""
+def exact_quotient(a: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    """a / divisor, rounded once.
+
+    XLA multiplies by the rounded reciprocal instead if it sees that the divisor is a constant, or one for many elements.
+    """
     return a / jnp.where(a == a, jnp.asarray(divisor, a.dtype), 1)
 
 

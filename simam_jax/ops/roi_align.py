@@ -5,9 +5,9 @@ map, rounded up. Bilinear interpolation and the mean both separate, so all bins 
 Wy holds one bin's weights of the map's rows: exact for any number of samples, and with sizes that do not depend on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def weights(of: Bins, count: int, pixels: jax.Array, size: jax.Array | int) -> j
     total = jnp.zeros(nearest.shape, jnp.float32)
     for i in range(_NEAR):
         sample = nearest + i
-        at = first + exact_product(sample + jnp.float32(0.5), bin_size) / places
+        at = first + exact_quotient(exact_product(sample + jnp.float32(0.5), bin_size), places)
         inside = (at >= -1) & (at <= size) & (sample < samples)
         distance = jnp.abs(jnp.clip(at, 0, size - 1) - pixels)
         total += jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
@@ -87,7 +87,7 @@ class Tiles:
         return corner, jnp.where(pixels >= begins, own, 0)
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """How the work is cut: `chunk` rois at a time read one window of at most `tile` rows and columns after the other."""
 
     chunk: int
@@ -95,8 +95,8 @@ class _Form(NamedTuple):
 
 
 # CPUs read no more than a roi covers. Accelerators multiply by the whole map: no gather, no scatter, no small steps.
-_CPU = _Form(chunk=1, tile=16)
-_ACCELERATOR = _Form(chunk=64, tile=None)
+CPU = Form(chunk=1, tile=16)
+ACCELERATOR = Form(chunk=64, tile=None)
 
 
 def roi_align(
@@ -108,6 +108,7 @@ def roi_align(
     *,
     size: int,
     stride: int = 4,
+    form: Form | None = None,
 ) -> jax.Array:
     """The features of rois, each from one level of the pyramid; differentiable in the maps.
 
@@ -123,11 +124,13 @@ def roi_align(
         valid: (N, R) bool: False for padding, which gets zeros.
         size: bins in each direction: 7 for boxes, 14 for masks.
         stride: pixels per place of the finest map.
+        form: how the work is cut; None for this platform's own.
 
     Returns:
         (N, R, size, size, C) of the maps' dtype; sums are float32.
     """
-    return _roi_align(tuple(maps), _Rois(extents, lax.stop_gradient(rois), levels, valid), size, stride)
+    of = _Rois(*(lax.stop_gradient(jnp.asarray(x)) for x in (extents, rois, levels, valid)))
+    return _roi_align(tuple(jnp.asarray(x) for x in maps), of, size, stride, form)
 
 
 class _Rois(NamedTuple):
@@ -137,36 +140,38 @@ class _Rois(NamedTuple):
     valid: jax.Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _roi_align(maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int) -> jax.Array:
-    return _on_platform(_value, size, stride, maps, rois)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _roi_align(maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int, form: Form | None) -> jax.Array:
+    return _in_form(_value, form, size, stride, maps, rois)
 
 
 def _roi_align_forward(
-    maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int
+    maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int, form: Form | None
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], _Rois]]:
     # Empty arrays carry the maps' shapes and dtype: the gradient does not depend on the maps.
     shapes = tuple(jnp.zeros((*x.shape[:-1], 0), x.dtype) for x in maps)
-    return _roi_align(maps, rois, size, stride), (shapes, rois)
+    return _roi_align(maps, rois, size, stride, form), (shapes, rois)
 
 
 def _roi_align_backward(
-    size: int, stride: int, residuals: tuple[tuple[jax.Array, ...], _Rois], dy: jax.Array
+    size: int, stride: int, form: Form | None, residuals: tuple[tuple[jax.Array, ...], _Rois], dy: jax.Array
 ) -> tuple[tuple[jax.Array, ...], None]:
-    return _on_platform(_gradient, size, stride, *residuals, dy), None
+    return _in_form(_gradient, form, size, stride, *residuals, dy), None
 
 
 _roi_align.defvjp(_roi_align_forward, _roi_align_backward)
 
 
-def _on_platform(f, size: int, stride: int, *arrays):  # noqa: ANN001, ANN002, ANN202
+def _in_form(f: Callable[..., Any], form: Form | None, size: int, stride: int, *inputs: Any) -> Any:
+    if form is not None:
+        return f(form, size, stride, *inputs)
     return lax.platform_dependent(
-        *arrays, cpu=partial(f, _CPU, size, stride), default=partial(f, _ACCELERATOR, size, stride)
+        *inputs, cpu=partial(f, CPU, size, stride), default=partial(f, ACCELERATOR, size, stride)
     )
 
 
 def _value(
-    form: _Form,
+    form: Form,
     size: int,
     stride: int,
     maps: tuple[jax.Array, ...],
@@ -189,7 +194,7 @@ def _value(
 
 
 def _gradient(
-    form: _Form,
+    form: Form,
     size: int,
     stride: int,
     maps: tuple[jax.Array, ...],
@@ -236,7 +241,7 @@ class _Window(NamedTuple):
 class _Groups:
     """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map."""
 
-    def __init__(self, form: _Form, rois: _Rois, num_levels: int) -> None:
+    def __init__(self, form: Form, rois: _Rois, num_levels: int) -> None:
         self.form, self.extents = form, rois.extents
         self.images, self.rois_per_image = rois.valid.shape
         image = jnp.arange(self.images)[:, None]
@@ -256,7 +261,15 @@ class _Groups:
         """The inverse of `sort`."""
         return x[jnp.argsort(self.order)].reshape(self.images, self.rois_per_image, *x.shape[1:])
 
-    def fold(self, level: int, shape: tuple[int, int], size: int, stride: int, add, state: jax.Array) -> jax.Array:  # noqa: ANN001
+    def fold(
+        self,
+        level: int,
+        shape: tuple[int, int],
+        size: int,
+        stride: int,
+        add: Callable[..., jax.Array],
+        state: jax.Array,
+    ) -> jax.Array:
         """add(state, image, first roi, window) over all windows of all rois of a level."""
         chunk, places = self.form.chunk, stride * 2**level
         tile = tuple(min(self.form.tile or n, n) for n in shape)
