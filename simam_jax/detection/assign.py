@@ -44,6 +44,8 @@ def assign(
     candidates, targets = lax.stop_gradient((candidates, targets))
     size = candidates.shape[0]
     coordinates = candidates.T
+    if not targets.shape[0]:
+        targets = jnp.zeros((1, 4), candidates.dtype)  # never read: the loop below has no turns, but it is traced
 
     def one_target(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         best, first, last = state
