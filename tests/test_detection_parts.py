@@ -312,7 +312,7 @@ def test_an_image_without_ground_truth_has_finite_losses_and_gradients():
         labels = losses.roi_labels(np.zeros(room, int), matches, chosen, 4)
         assert (np.asarray(labels) == 4).all()
 
-        def total(logits, deltas, room=room, targets=targets, matches=matches, chosen=chosen, labels=labels):
+        def total(logits, deltas, targets=targets, matches=matches, chosen=chosen, labels=labels):
             cls, box, count = losses.box_losses(logits, deltas, proposals, targets, labels, matches, chosen)
             rpn = losses.rpn_losses(logits[:, 0], deltas[:, :4], proposals, targets, matches, chosen)
             assert count == 6

@@ -83,8 +83,7 @@ def detect(
 ) -> Detections:
     """The final detections: every class above the threshold, suppressed class by class, the best `most`.
 
-    At most 1 / score_threshold classes of a roi can exceed the threshold, because a roi's scores sum to 1: so many
-    candidates are enough. Suppression runs on boxes that are already divided by `scale`.
+    Suppression runs on boxes that are already divided by `scale`.
 
     Args:
         logits: (R, C + 1), the last for background.
@@ -96,14 +95,15 @@ def detect(
     num_rois, num_classes = rois.shape[0], logits.shape[-1] - 1
     scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, :num_classes]
     real = (jnp.arange(num_rois) < count)[:, None] & (scores > jnp.float32(score_threshold))
-    classes = min(num_classes, int(1 / score_threshold))
-    scores, labels = lax.top_k(jnp.where(real, scores, -1), classes)
+    labels = jnp.broadcast_to(jnp.arange(num_classes), scores.shape)
 
-    deltas = jnp.take_along_axis(deltas.reshape(num_rois, num_classes, 4), labels[..., None], axis=1)
-    boxes = clip(decode(rois[:, None], deltas.astype(jnp.float32), BOX_STDS), image_size) / scale
-    boxes, scores, labels = lax.stop_gradient((boxes.reshape(-1, 4), scores.reshape(-1), labels.reshape(-1)))
-    indices, count = nms(boxes, scores, labels, scores >= 0, threshold=iou_threshold, most=most)
-    found = _first(count, boxes[indices], scores[indices], labels[indices], indices // classes)
+    deltas = deltas.astype(jnp.float32).reshape(num_rois, num_classes, 4)
+    boxes = clip(decode(rois[:, None], deltas, BOX_STDS), image_size) / scale
+    boxes, scores, labels, real = (
+        x.reshape(-1, *x.shape[2:]) for x in lax.stop_gradient((boxes, scores, labels, real))
+    )
+    indices, count = nms(boxes, scores, labels, real, threshold=iou_threshold, most=most)
+    found = _first(count, boxes[indices], scores[indices], labels[indices], indices // num_classes)
     return Detections(*found, count)
 
 
