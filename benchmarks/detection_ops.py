@@ -213,8 +213,9 @@ def _roi_align(size: int, gradient: bool) -> Pair:
     return _run(value, maps, rois[None], levels[None]), pooled
 
 
-def _mask_targets() -> Pair:
+def _mask_targets(as_reference: bool) -> Pair:
     import torch
+    import torchvision
     from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
     rng = np.random.default_rng(5)
@@ -227,8 +228,14 @@ def _mask_targets() -> Pair:
     indices = rng.integers(0, len(objects), 128)
     rois = np.concatenate([_around(objects[[i]], 1, rng) for i in indices])
     ours = _run(masks.mask_targets, np.packbits(bitmaps, axis=-1), SIZE, rois, indices, 128)
-    inputs = [torch.from_numpy(x) for x in (bitmaps.astype(np.float32), rois, indices)]
-    return ours, lambda: project_masks_on_boxes(*inputs, masks.SIZE) >= 0.5
+    bitmaps, of_rois, chosen = (torch.from_numpy(x) for x in (bitmaps.astype(np.uint8), rois, indices))
+    numbered = torch.cat([torch.arange(128.0)[:, None], of_rois], dim=1)
+
+    def copied() -> Any:
+        own = bitmaps[chosen].float()[:, None]
+        return torchvision.ops.roi_align(own, numbered, masks.SIZE, 1.0, 0, aligned=True) >= 0.5
+
+    return ours, copied if as_reference else lambda: project_masks_on_boxes(bitmaps, of_rois, chosen, masks.SIZE) >= 0.5
 
 
 def _paste() -> Pair:
@@ -258,7 +265,8 @@ OPERATIONS: dict[str, Callable[[], Pair]] = {
     "RoIAlign 7x7, gradient": partial(_roi_align, 7, True),
     "RoIAlign 14x14": partial(_roi_align, 14, False),
     "RoIAlign 14x14, gradient": partial(_roi_align, 14, True),
-    "mask targets": _mask_targets,
+    "mask targets": partial(_mask_targets, False),
+    "mask targets, a bitmap copied for every roi": partial(_mask_targets, True),  # the reference implementation's form
     "paste": _paste,
 }
 

@@ -54,14 +54,27 @@ def mask_targets(
         rows = Tiles(bins(y1, y2, SIZE, 1.0), SIZE, extent[0], height, tile[0])
         columns = Tiles(bins(x1, x2, SIZE, 1.0), SIZE, extent[1], width, tile[1], multiple=8)
 
-        def one_tile(j: jax.Array, covered: jax.Array) -> jax.Array:
-            (y, wy), (x, wx) = rows.at(j // columns.count), columns.at(j % columns.count)
-            bits = lax.dynamic_slice(packed, (indices[i].astype(jnp.int32), y, x // 8), (1, tile[0], tile[1] // 8))[0]
-            pixels = unpack(bits, tile[1]).astype(jnp.float32)
-            across = jnp.einsum("hw,qw->hq", pixels, wx[0], precision="highest")
-            return covered + jnp.einsum("ph,hq->pq", wy[0], across, precision="highest")
+        def keep(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            corner, own = rows.at(j)
+            return state[0].at[j].set(corner), state[1].at[j].set(own[0])
 
-        covered = lax.fori_loop(0, rows.count * columns.count, one_tile, jnp.zeros((SIZE, SIZE), jnp.float32))
+        most = -(-height // tile[0])
+        weights = jnp.zeros(most, jnp.int32), jnp.zeros((most, SIZE, tile[0]), jnp.float32)
+        corners, of_rows = lax.fori_loop(0, rows.count, keep, weights)  # once, not for every tile of a row
+
+        def one_column(k: jax.Array, covered: jax.Array) -> jax.Array:
+            x, of_columns = columns.at(k)
+
+            def one_tile(j: jax.Array, covered: jax.Array) -> jax.Array:
+                at = (indices[i].astype(jnp.int32), corners[j], x // 8)
+                bits = lax.dynamic_slice(packed, at, (1, tile[0], tile[1] // 8))[0]
+                pixels = unpack(bits, tile[1]).astype(jnp.float32)
+                across = jnp.einsum("hw,qw->hq", pixels, of_columns[0], precision="highest")
+                return covered + jnp.einsum("ph,hq->pq", of_rows[j], across, precision="highest")
+
+            return lax.fori_loop(0, rows.count, one_tile, covered)
+
+        covered = lax.fori_loop(0, columns.count, one_column, jnp.zeros((SIZE, SIZE), jnp.float32))
         return targets.at[i].set(covered)
 
     return lax.fori_loop(0, jnp.asarray(count, jnp.int32), one_box, targets) >= 0.5

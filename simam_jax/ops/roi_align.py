@@ -15,9 +15,9 @@ from jax import lax
 
 from simam_jax.ops.boxes import exact_product, exact_quotient
 
-# A sample has weight in a pixel if it is at most one place away. From six samples in a bin on, steps exceed 5/6, so at
-# most three samples are that near; five leave room for rounding. Up to five samples are simply all taken.
-_NEAR = 5
+# A sample has weight in a pixel if it is at most one place away. With more than four samples in a bin they are over 4/5
+# of a place apart, so at most three are that near; a fourth is room for rounding. Up to four samples are all taken.
+_NEAR = 4
 
 
 class Bins(NamedTuple):
