@@ -7,6 +7,7 @@ as the reference implementation does; suppression and assignment have the refere
 """
 
 import argparse
+import importlib
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +28,12 @@ from simam_jax.ops.roi_align import roi_align
 
 HEIGHT, WIDTH, IMAGES, CHANNELS, CLASSES = 800, 1344, 2, 256, 80
 SIZES = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
-SIZE = np.array([HEIGHT, WIDTH])
 
 Pair = tuple[measure.Run, measure.Run]  # ours, torchvision's
+
+
+def _size() -> jax.Array:
+    return jnp.array([HEIGHT, WIDTH])
 
 
 def main() -> None:
@@ -37,10 +41,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    try:
-        import torchvision
-    except ImportError as error:
-        raise UserError(f"torchvision cannot be imported ({error}): install the one of torch's release.") from None
+    version = _torchvision().__version__
 
     rows = []
     for name in args.only:
@@ -54,7 +55,17 @@ def main() -> None:
                 "torchvision / ours": measure.ratio(times["torchvision"], times["ours"]),
             }
         )
-    measure.write("detection_ops", rows, rounds=args.rounds, torchvision=torchvision.__version__)
+    if args.only == list(OPERATIONS):
+        measure.write("detection_ops", rows, rounds=args.rounds, torchvision=version)
+    else:
+        print(measure.table(rows))
+
+
+def _torchvision(module: str = "") -> Any:
+    try:
+        return importlib.import_module(f"torchvision{module}")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators do not fit this torch
+        raise UserError(f"torchvision cannot be imported ({error}): install the one of torch's release.") from None
 
 
 def _run(f: Callable[..., Any], *args: Any) -> measure.Run:
@@ -80,7 +91,8 @@ def _around(objects: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
 
 def _rpn_nms(trained: bool) -> Pair:
     import torch
-    import torchvision
+
+    torchvision = _torchvision()
 
     rng = np.random.default_rng(0)
     level_sizes = [min(2000, 3 * h * w) for h, w in SIZES]
@@ -110,10 +122,11 @@ def _head_outputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.
 
 def _final_nms() -> Pair:
     import torch
-    from torchvision.models.detection.roi_heads import RoIHeads
+
+    RoIHeads = _torchvision(".models.detection.roi_heads").RoIHeads
 
     rois, logits, deltas = _head_outputs(np.random.default_rng(1))
-    scale = np.ones(4, np.float32)
+    scale = jnp.ones(4)
     heads: Any = RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
     background_first = torch.from_numpy(np.roll(logits, 1, axis=1))
     with_background = torch.from_numpy(np.concatenate([np.zeros((1000, 4), np.float32), deltas], axis=1))
@@ -122,13 +135,14 @@ def _final_nms() -> Pair:
     def theirs() -> None:
         heads.postprocess_detections(background_first, with_background, proposals, [(HEIGHT, WIDTH)])
 
-    ours = _run(lambda *args: detect(*args, 1000, SIZE, scale), logits, deltas, rois)
+    ours = _run(lambda *args: detect(*args, jnp.int32(1000), _size(), scale), logits, deltas, rois)
     return ours, theirs
 
 
 def _proposals() -> Pair:
     import torch
-    from torchvision.models.detection.rpn import RegionProposalNetwork
+
+    RegionProposalNetwork = _torchvision(".models.detection.rpn").RegionProposalNetwork
 
     rng = np.random.default_rng(2)
     counts = [3 * h * w for h, w in SIZES]
@@ -140,7 +154,7 @@ def _proposals() -> Pair:
     def ours(logits: jax.Array, deltas: jax.Array) -> Any:
         return propose(
             jnp.split(logits, ends), jnp.split(deltas, ends), anchors.all_anchors(SIZES),
-            anchors.valid_anchors(SIZES, SIZE), SIZE, before_nms=2000,
+            anchors.valid_anchors(SIZES, _size()), _size(), before_nms=2000,
         )  # fmt: skip
 
     many = {"training": 2000, "testing": 2000}
@@ -157,8 +171,9 @@ def _proposals() -> Pair:
 
 def _assignment(count: int) -> Pair:
     import torch
-    import torchvision
-    from torchvision.models.detection._utils import Matcher
+
+    torchvision = _torchvision()
+    Matcher = _torchvision(".models.detection._utils").Matcher
 
     rng = np.random.default_rng(3)
     grid = jnp.concatenate(anchors.all_anchors(SIZES))
@@ -166,7 +181,7 @@ def _assignment(count: int) -> Pair:
     valid = jnp.ones(grid.shape[0], bool)
 
     def ours(grid: jax.Array, valid: jax.Array, targets: jax.Array) -> Any:
-        return assign(grid, valid, targets, count, positive=0.7, negative=0.3, low_quality=0.3)
+        return assign(grid, valid, targets, jnp.int32(count), positive=0.7, negative=0.3, low_quality=0.3)
 
     matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
     candidates, boxes = torch.from_numpy(np.array(grid)), torch.from_numpy(targets)
@@ -180,7 +195,8 @@ def _assignment(count: int) -> Pair:
 
 def _roi_align(size: int, gradient: bool) -> Pair:
     import torch
-    import torchvision
+
+    torchvision = _torchvision()
 
     rng = np.random.default_rng(4)
     maps = [rng.standard_normal((1, *shape, CHANNELS), np.float32) for shape in SIZES[:4]]
@@ -189,7 +205,7 @@ def _roi_align(size: int, gradient: bool) -> Pair:
     dy = rng.standard_normal((1, len(rois), size, size, CHANNELS), np.float32)
 
     def value(maps: list[jax.Array], rois: jax.Array, levels: jax.Array) -> jax.Array:
-        return roi_align(maps, SIZE[None], rois, levels, jnp.ones(levels.shape, bool), size=size)
+        return roi_align(maps, _size()[None], rois, levels, jnp.ones(levels.shape, bool), size=size)
 
     def both(maps: list[jax.Array], rois: jax.Array, levels: jax.Array, dy: jax.Array) -> Any:
         y, vjp = jax.vjp(lambda maps: value(maps, rois, levels), maps)
@@ -215,8 +231,9 @@ def _roi_align(size: int, gradient: bool) -> Pair:
 
 def _mask_targets(as_reference: bool) -> Pair:
     import torch
-    import torchvision
-    from torchvision.models.detection.roi_heads import project_masks_on_boxes
+
+    torchvision = _torchvision()
+    project_masks_on_boxes = _torchvision(".models.detection.roi_heads").project_masks_on_boxes
 
     rng = np.random.default_rng(5)
     objects = _boxes(7, rng)
@@ -227,7 +244,7 @@ def _mask_targets(as_reference: bool) -> Pair:
     )
     indices = rng.integers(0, len(objects), 128)
     rois = np.concatenate([_around(objects[[i]], 1, rng) for i in indices])
-    ours = _run(masks.mask_targets, np.packbits(bitmaps, axis=-1), SIZE, rois, indices, 128)
+    ours = _run(masks.mask_targets, np.packbits(bitmaps, axis=-1), _size(), rois, indices, 128)
     bitmaps, of_rois, chosen = (torch.from_numpy(x) for x in (bitmaps.astype(np.uint8), rois, indices))
     numbered = torch.cat([torch.arange(128.0)[:, None], of_rois], dim=1)
 
@@ -240,7 +257,8 @@ def _mask_targets(as_reference: bool) -> Pair:
 
 def _paste() -> Pair:
     import torch
-    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    paste_masks_in_image = _torchvision(".models.detection.roi_heads").paste_masks_in_image
 
     rng = np.random.default_rng(6)
     probabilities = rng.random((100, masks.SIZE, masks.SIZE), np.float32)

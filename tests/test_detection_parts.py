@@ -196,11 +196,12 @@ def test_bits_are_packed_as_numpy_packs_them():
     np.testing.assert_array_equal(masks.unpack(packed, 21), bitmaps)
 
 
-def test_mask_targets_equal_the_reference_implementation(unit):
+@pytest.mark.parametrize("tiled", [True, False])
+def test_mask_targets_equal_the_reference_implementation(unit, tiled):
     packed = np.packbits(unit["mask_target/masks"], axis=-1)
     boxes, indices = unit["mask_target/boxes"], unit["mask_target/gt_inds"]
 
-    targets = masks.mask_targets(packed, np.array([64, 80]), boxes, indices, len(boxes))
+    targets = masks.mask_targets(packed, np.array([64, 80]), boxes, indices, len(boxes), tiled=tiled)
 
     np.testing.assert_array_equal(targets, unit["mask_target/out"].astype(bool))
 

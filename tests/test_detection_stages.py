@@ -248,7 +248,8 @@ def test_second_stage_targets_and_box_loss(stages, name):
         assert sums[0] / sums[2] == pytest.approx(float(of["loss_cls"]), abs=2e-6)
 
 
-def test_mask_targets_and_loss(stages):
+@pytest.mark.parametrize("tiled", [True, False])
+def test_mask_targets_and_loss(stages, tiled):
     of = stages("mr_r50", "train")
     expected = np.unpackbits(of["mask_targets_packed"], axis=-1)[..., : masks.SIZE].astype(bool)
     sums, first = np.zeros(2), 0
@@ -257,7 +258,8 @@ def test_mask_targets_and_loss(stages):
         bitmaps = of[f"gt_masks_packed_{image}"]
         bitmaps = np.pad(bitmaps, [(0, TARGETS - len(bitmaps)), (0, 320 - bitmaps.shape[1]), (0, 3)])  # a larger bucket
         num, room = int(sample.num_positive), 128
-        targets = masks.mask_targets(bitmaps, of[f"pad_size_{image}"], rois[:room], matches[:room] - 1, num)
+        boxes, indices = rois[:room], matches[:room] - 1
+        targets = masks.mask_targets(bitmaps, of[f"pad_size_{image}"], boxes, indices, num, tiled=tiled)
         rows = slice(first, first + num)
         np.testing.assert_array_equal(targets[:num], expected[rows])
         assert not targets[num:].any()

@@ -29,7 +29,7 @@ def within(size: tuple[int, int], extent: jax.Array) -> jax.Array:
 
 def zero_beyond(x: jax.Array, extent: jax.Array) -> jax.Array:
     """x (..., H, W, C) with zeros beyond an extent in the map's own places."""
-    return jnp.where(within(x.shape[-3:-1], extent), x, 0)
+    return jnp.where(within((x.shape[-3], x.shape[-2]), extent), x, 0)
 
 
 def simam(x: jax.Array, extent: jax.Array, e_lambda: float) -> jax.Array:
@@ -41,7 +41,7 @@ def simam(x: jax.Array, extent: jax.Array, e_lambda: float) -> jax.Array:
         x: (..., H, W, C) floating.
         extent: (..., 2) in the map's own places.
     """
-    inside = within(x.shape[-3:-1], extent)
+    inside = within((x.shape[-3], x.shape[-2]), extent)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     count = inside.sum(_MAP, keepdims=True).astype(wide.dtype)
     # Subtracting one of the channel's own values first is exact and leaves nothing for a large mean to cancel.

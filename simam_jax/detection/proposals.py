@@ -65,7 +65,8 @@ def propose(
     if min_bbox_size >= 0:
         real &= ((boxes[:, 2:] - boxes[:, :2]) > min_bbox_size).all(-1)
     indices, count = nms(boxes, scores, levels, real, threshold=threshold, most=most)
-    return Proposals(*_first(count, boxes[indices], scores[indices]), count)
+    found = _first(count, boxes[indices], scores[indices])
+    return Proposals(found[0], found[1], count)
 
 
 @partial(jax.jit, static_argnames=("score_threshold", "iou_threshold", "most"))
@@ -104,7 +105,7 @@ def detect(
     )
     indices, count = nms(boxes, scores, labels, real, threshold=iou_threshold, most=most)
     found = _first(count, boxes[indices], scores[indices], labels[indices], indices // num_classes)
-    return Detections(*found, count)
+    return Detections(found[0], found[1], found[2], found[3], count)
 
 
 def _first(count: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
