@@ -105,7 +105,7 @@ def _distances(files: list[str]) -> list[str]:
         encoded, image = tf.io.read_file(file), Image.open(file).convert("RGB")
         uniform = tf.random.stateless_uniform((images.CROP_UNIFORMS,), (0, i))
         top, left, height, width = (
-            int(x) for x in images._random_box(tf.constant(image.height), tf.constant(image.width), uniform, 0.08)
+            int(x) for x in images.random_box(tf.constant(image.height), tf.constant(image.width), uniform, 0.08)
         )
         part = image.crop((left, top, left + width, top + height)).resize((224, 224), Image.Resampling.BILINEAR)
         for name, ours, pil in (
@@ -144,7 +144,10 @@ def _stream(folder: str, count: int, *, eval_like: bool = False, **fields: str) 
         config.update(source="folder", data_dir=folder, eval_split="train", **fields)
         if eval_like:  # the same pixels as eval_batches, endlessly
             config.update(augmentation="none", flip=False)
-    batches = data.train_batches(config, seed=0, start_step=0, global_batch_size=32, process_index=0, process_count=1)
+    from simam_jax.classification.decode import train_decode
+
+    records, decode = data.open_records(config, "train"), train_decode(config, 0)
+    batches = data.train_batches(records, decode, seed=0, start_step=0, batch_size=32, process_index=0, process_count=1)
     return functools.partial(_drain, batches, count // 32)
 
 
@@ -157,7 +160,7 @@ def _plain_stream(files: list[str], *, train: bool) -> Callable[[], Cost]:
         height, width, _ = tf.unstack(tf.shape(image))
         if train:
             uniform = tf.random.stateless_uniform((images.CROP_UNIFORMS,), tf.stack((0, index)))
-            top, left, crop_height, crop_width = images._random_box(height, width, uniform, 0.08)
+            top, left, crop_height, crop_width = images.random_box(height, width, uniform, 0.08)
             image = image[top : top + crop_height, left : left + crop_width]
             image = tf.image.resize(image, (224, 224), antialias=True)
             image = tf.image.stateless_random_flip_left_right(image, tf.stack((1, index)))
@@ -176,7 +179,7 @@ def _decode_stream(files: list[str]) -> Callable[[], Cost]:
 
     def load(index, path):
         uniform = tf.random.stateless_uniform((images.CROP_UNIFORMS,), tf.stack((0, index)))
-        box = functools.partial(images._random_box, uniform=uniform, min_area=0.08)
+        box = functools.partial(images.random_box, uniform=uniform, min_area=0.08)
         pixels, _, _ = images._decode(tf.io.read_file(path), box)
         return tf.shape(pixels)
 

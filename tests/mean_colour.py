@@ -47,21 +47,27 @@ def measure(model, variables, batch):
 
 
 def make_task(config) -> Task:
-    info, model = data.describe(config.data), Network()
+    from simam_jax.data.images import whole  # brings TensorFlow
+
+    def decode(record, _key):
+        return {"image": whole(record["image"], size=SIZE)}
+
+    train, evaluation = (data.open_records(config.data, split) for split in ("train", "test"))
+    model = Network()
     image = jnp.zeros((1, SIZE, SIZE, 3))
     return Task(
         spec={"task": "mean_colour", "model": {"name": "tests/mean_colour"}},
         title="mean colour",
-        num_train=info.num_train,
-        num_eval=info.num_eval,
+        num_train=train.num_examples,
+        num_eval=evaluation.num_examples,
         best="close",
         example=({"image": jax.ShapeDtypeStruct((SIZE, SIZE, 3), np.uint8)},),
         shapes=partial(jax.eval_shape, model.init, jax.random.key(0), image),
         init=lambda key: model.init(key, image),
         train_batches=lambda step: data.train_batches(
-            config.data, seed=config.seed, start_step=step, global_batch_size=config.batch_size
+            train, decode, seed=config.seed, start_step=step, batch_size=config.batch_size
         ),
-        eval_batches=lambda: data.eval_batches(config.data, global_batch_size=config.batch_size),
+        eval_batches=lambda: data.eval_batches(evaluation, decode, batch_size=config.batch_size),
         loss=partial(loss, model),
         measure=partial(measure, model),
         evaluator=MeanEvaluator,

@@ -135,7 +135,7 @@ def test_crops_are_those_of_torchvision(size):
     boxes = []
     for i in range(60):
         uniform = draws(images.CROP_UNIFORMS, 1, i)
-        box = [int(x) for x in images._random_box(tf.constant(height), tf.constant(width), tf.constant(uniform), 0.08)]
+        box = [int(x) for x in images.random_box(tf.constant(height), tf.constant(width), tf.constant(uniform), 0.08)]
         top, left, h, w = box
         boxes.append((left, top, w, h))
         expected = np.array(pil_box(width, height, uniform, 0.08))
@@ -148,7 +148,7 @@ def test_crops_are_those_of_torchvision(size):
 
 def test_the_distribution_of_crops():
     uniform = tf.random.stateless_uniform((4000, images.CROP_UNIFORMS), (0, 0))
-    boxes = each(uniform, lambda u: tf.stack(images._random_box(tf.constant(4000), tf.constant(4000), u, 0.08)))
+    boxes = each(uniform, lambda u: tf.stack(images.random_box(tf.constant(4000), tf.constant(4000), u, 0.08)))
     top, left, height, width = boxes.T.astype(float)
     area, ratio = height * width / 4000**2, np.log(width / height) / np.log(4 / 3)
     fits = area < 0.7  # larger ones are rarer: not every ratio fits

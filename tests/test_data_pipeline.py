@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batches import eval_batches, train_batches
 from PIL import Image
 
 from configs import base
 from simam_jax import data
+from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.errors import UserError
 
 NUM_IMAGES = 23  # prime: no batch divides it
@@ -44,7 +46,7 @@ def take(stream, count):
 
 
 def train(config, *, start_step=0, batch=5, **kwargs):
-    return data.train_batches(config, seed=3, start_step=start_step, global_batch_size=batch, **kwargs)
+    return train_batches(config, seed=3, start_step=start_step, global_batch_size=batch, **kwargs)
 
 
 def assert_equal(batches, others):
@@ -87,7 +89,7 @@ def test_the_order_does_not_depend_on_the_batch_size(tree):
 
 def test_another_seed_gives_another_order_and_other_pixels(tree):
     config = data_config(tree)
-    streams = [data.train_batches(config, seed=s, start_step=0, global_batch_size=NUM_IMAGES) for s in (0, 1, 0)]
+    streams = [train_batches(config, seed=s, start_step=0, global_batch_size=NUM_IMAGES) for s in (0, 1, 0)]
     first, second, again = (next(stream) for stream in streams)
     assert digest([first]) == digest([again])
     assert not np.array_equal(first["label"], second["label"])
@@ -118,7 +120,7 @@ def test_resume_does_not_touch_what_was_skipped(tree, tmp_path):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
     files = sorted((broken / "train").rglob("*.jpg"))
-    in_order = data.eval_batches(data_config(tree, **{**config, "eval_split": "train"}), global_batch_size=NUM_IMAGES)
+    in_order = eval_batches(data_config(tree, **{**config, "eval_split": "train"}), global_batch_size=NUM_IMAGES)
     for file, name in zip(files, names(in_order), strict=True):
         if name in skipped:
             file.write_bytes(b"")
@@ -147,10 +149,10 @@ tf.config.threading.set_intra_op_parallelism_threads(1)
 import test_data_pipeline as t
 config = t.data_config({str(tree)!r}, randaugment_layers=1, random_erasing=0.5)
 stream = t.train(config)
-print(t.digest(t.take(stream, 12)), t.digest(t.data.eval_batches(config, global_batch_size=5)))
+print(t.digest(t.take(stream, 12)), t.digest(t.eval_batches(config, global_batch_size=5)))
 """
     alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    here = [digest(take(train(config), 12)), digest(data.eval_batches(config, global_batch_size=5))]
+    here = [digest(take(train(config), 12)), digest(eval_batches(config, global_batch_size=5))]
     assert alone.stdout.split() == here, alone.stderr
 
 
@@ -166,7 +168,7 @@ def test_two_hosts_share_the_stream_of_one(tree):
 def test_evaluation_sees_every_example_once(tree, batch, process_count):
     config, names = original(tree)
     hosts = [
-        list(data.eval_batches(config, global_batch_size=batch, process_index=h, process_count=process_count))
+        list(eval_batches(config, global_batch_size=batch, process_index=h, process_count=process_count))
         for h in range(process_count)
     ]
     assert len({len(batches) for batches in hosts}) == 1
@@ -217,7 +219,30 @@ def test_too_many_unreadable_files_stop_the_run(damaged):
 def test_an_unreadable_file_stops_an_evaluation(damaged):
     root, short, _ = damaged
     with pytest.raises(UserError, match=str(short)):
-        list(data.eval_batches(data_config(root, eval_split="train"), global_batch_size=4))
+        list(eval_batches(data_config(root, eval_split="train"), global_batch_size=4))
+
+
+def test_what_is_wrong_with_a_file_is_said_without_where_tensorflow_noticed(damaged, caplog):
+    root, _, _ = damaged
+    with Image.fromarray(np.zeros((9, 9, 3), np.uint8)).quantize(4) as image:
+        image.save(root / "train" / "class0" / "palette.bmp")  # TensorFlow takes its indices for grey values
+    with caplog.at_level("WARNING"):
+        take(train(data_config(root, max_unreadable=0.2), batch=NUM_IMAGES + 1), 1)
+    warnings = "\n".join(record.getMessage() for record in caplog.records)
+    assert "Graph execution error" not in warnings
+    assert "Unknown image file format" in warnings
+    assert "a BMP with a palette" in warnings
+
+
+def test_thousands_of_unreadable_neighbours_are_no_recursion():
+    def read(index):
+        return {"image": tf.debugging.check_numerics(1 / tf.cast(tf.maximum(index - 2999, 0), tf.float32), "rotten")}
+
+    records = data.Records(3001, (), read, str)
+    batches = data.train_batches(
+        records, lambda record, _key: record, seed=0, start_step=0, batch_size=3, max_unreadable=1.0
+    )
+    assert next(batches)["image"].tolist() == [1.0, 1.0, 1.0]  # the only one that can be read
 
 
 @pytest.mark.parametrize(

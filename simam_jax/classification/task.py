@@ -33,10 +33,10 @@ def make_task(config: ConfigDict) -> Task:
     """
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    info = data.describe(config.data)
+    train, evaluation = open_data(config.data)
     model = models.create_model(
         config.model.name,
-        num_classes=info.num_classes,
+        num_classes=len(train.class_names),
         attention=config.model.attention,
         attention_param=config.model.attention_param,
         dtype=config.model.dtype,
@@ -47,15 +47,15 @@ def make_task(config: ConfigDict) -> Task:
     spec = {
         "task": "classification",
         "model": model.spec(),
-        "class_names": list(info.class_names),
+        "class_names": list(train.class_names),
         "preprocessing": {field.name: config.data[field.name] for field in dataclasses.fields(Preprocessing)},
     }
     size = config.data.image_size
     return Task(
         spec=spec,
         title=f"{config.model.name} (attention {config.model.attention})",
-        num_train=info.num_train,
-        num_eval=info.num_eval,
+        num_train=train.num_examples,
+        num_eval=evaluation.num_examples,
         best="top1",
         example=(
             {
@@ -65,16 +65,31 @@ def make_task(config: ConfigDict) -> Task:
         ),
         shapes=partial(variable_shapes, model),
         init=partial(_initial_variables, model, spec, config),
-        train_batches=partial(_train_batches, config),
-        eval_batches=partial(_eval_batches, config),
+        train_batches=partial(_train_batches, config, train),
+        eval_batches=partial(_eval_batches, config, evaluation),
         loss=partial(loss, model, config),
         measure=partial(measure, model, config),
         evaluator=MeanEvaluator,
         describe=describe,
         accepts=partial(_accepts, spec, config.data.match_classes),
-        costs=partial(_costs, model, config, info),
-        pictures=_pictures(model, config),
+        costs=partial(_costs, model, config),
+        pictures=_pictures(model, config, evaluation),
     )
+
+
+def open_data(config: ConfigDict) -> tuple[data.Records, data.Records]:
+    """The training and the evaluation records of `config` (the section config.data).
+
+    Raises:
+        UserError: they cannot be opened, or their classes differ.
+    """
+    train, evaluation = (data.open_records(config, split) for split in (config.train_split, config.eval_split))
+    if train.class_names != evaluation.class_names:
+        raise UserError(
+            f"{config.train_split!r} has {len(train.class_names)} classes and {config.eval_split!r} "
+            f"{len(evaluation.class_names)}, or other names: both need the same."
+        )
+    return train, evaluation
 
 
 def loss(
@@ -127,19 +142,32 @@ def _accepts(spec: Mapping[str, Any], match_classes: str, meta: Mapping[str, Any
     weights.check_class_names(meta, spec, "the checkpoint", match_classes)
 
 
-def _train_batches(config: ConfigDict, start_step: int) -> Iterator[Batch]:
-    return data.train_batches(config.data, seed=config.seed, start_step=start_step, global_batch_size=config.batch_size)
+def _train_batches(config: ConfigDict, records: data.Records, start_step: int) -> Iterator[Batch]:
+    from simam_jax.classification.decode import train_decode  # brings TensorFlow
+
+    return data.train_batches(
+        records,
+        train_decode(config.data, config.seed),
+        seed=config.seed,
+        start_step=start_step,
+        batch_size=config.batch_size,
+        prefetch=config.data.prefetch,
+        max_unreadable=config.data.max_unreadable,
+    )
 
 
-def _eval_batches(config: ConfigDict) -> Iterator[Batch]:
+def _eval_batches(config: ConfigDict, records: data.Records) -> Iterator[Batch]:
+    from simam_jax.classification.decode import eval_decode
+
     wanted, devices = config.eval_batch_size or config.batch_size, jax.device_count()
-    return data.eval_batches(config.data, global_batch_size=-(-wanted // devices) * devices)
+    size = -(-wanted // devices) * devices
+    return data.eval_batches(records, eval_decode(config.data), batch_size=size, prefetch=config.data.prefetch)
 
 
-def _costs(model: Any, config: ConfigDict, info: data.DatasetInfo) -> dict[str, str]:
+def _costs(model: Any, config: ConfigDict) -> dict[str, str]:
     totals = summarize(model, config.data.image_size)
     return {
-        "model": f"{config.model.name}, attention {config.model.attention}, {info.num_classes} classes",
+        "model": f"{config.model.name}, attention {config.model.attention}, {model.num_classes} classes",
         "parameters": f"{totals.params / 1e6:.2f} M",
         "FLOPs": f"{totals.flops / 1e9:.2f} G for one image of {config.data.image_size} pixels squared",
     }
@@ -167,7 +195,7 @@ def check_groups(config: ConfigDict, num_devices: int) -> None:
         )
 
 
-def _pictures(model: Any, config: ConfigDict):
+def _pictures(model: Any, config: ConfigDict, records: data.Records):
     """What draws SimAM's weights over the first evaluation images; None where the run does not ask for it.
 
     Raises:
@@ -183,8 +211,10 @@ def _pictures(model: Any, config: ConfigDict):
 
     @functools.cache
     def pixels() -> np.ndarray:
-        batches = data.eval_batches(config.data, global_batch_size=SHOWN_IMAGES, process_index=0, process_count=1)
-        batch = next(batches)
+        from simam_jax.classification.decode import eval_decode
+
+        decode = eval_decode(config.data)
+        batch = next(data.eval_batches(records, decode, batch_size=SHOWN_IMAGES, process_index=0, process_count=1))
         return batch["image"][batch["mask"] > 0]
 
     def draw(variables: Tree) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ JPEG that is needed gets decoded. EXIF rotation is ignored, as PIL ignores it; t
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from simam_jax.data.tensorflow_cpu import tf
 
@@ -58,7 +59,7 @@ def random_resized_crop(
     """
 
     def choose_box(height: tf.Tensor, width: tf.Tensor) -> Box:
-        return _random_box(height, width, uniform, min_area)
+        return random_box(height, width, uniform, min_area)
 
     if antialias:
         pixels, _, _ = _decode(encoded, choose_box)
@@ -86,7 +87,8 @@ def resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     return _resample(pixels, size, size / shape, tf.zeros(2))
 
 
-def _random_box(height: tf.Tensor, width: tf.Tensor, uniform: tf.Tensor, min_area: float) -> Box:
+def random_box(height: tf.Tensor, width: tf.Tensor, uniform: tf.Tensor, min_area: float) -> Box:
+    """The part of an image that `random_resized_crop` cuts out."""
     area, ratio, vertical, horizontal = tf.unstack(tf.reshape(uniform, (4, CROP_TRIES)))
     h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     area = h * w * (min_area + (1 - min_area) * area)
@@ -134,13 +136,21 @@ def _decode(
         return pixels, height, width
 
     def other() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        pixels = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        with tf.control_dependencies([_no_palette_bitmap(encoded)]):
+            pixels = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         height, width, _ = tf.unstack(tf.shape(pixels))
         box = choose_box(height, width)
         return pixels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]], height, width
 
     pixels, height, width = tf.cond(tf.io.is_jpeg(encoded), jpeg, other)
     return tf.ensure_shape(pixels, (None, None, 3)), height, width
+
+
+def _no_palette_bitmap(encoded: tf.Tensor) -> Any:
+    """Raises for a BMP of fewer than 24 bits a pixel: TensorFlow takes the indices of its palette for grey values."""
+    is_bitmap = tf.strings.substr(encoded, 0, 2) == "BM"
+    header = tf.io.decode_raw(tf.strings.substr(tf.strings.join((encoded, 30 * "\0")), 0, 30), tf.uint8)
+    return tf.debugging.Assert(~is_bitmap | (header[28] >= 24), ["It is a BMP with a palette: save it as PNG."])
 
 
 def _resample(pixels: tf.Tensor, size: int, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:

@@ -28,9 +28,9 @@ def prepare(name: str, *, data_dir: str = "", tars: str = "") -> str:
     """
     import tensorflow_datasets as tfds
 
-    from simam_jax.data import sources
+    from simam_jax.data import tfds as tfds_records
 
-    builder = sources.tfds_builder(name, data_dir)
+    builder = tfds_records.builder_of(name, data_dir)
     if builder.info.splits:
         return str(builder.data_dir)
     if builder.name == "imagenet2012":

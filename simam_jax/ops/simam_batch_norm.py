@@ -87,7 +87,7 @@ def _forward_once(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Ar
     return _after_simam(scale_by_attention(x, stats), shift, scale, bias, of), (x, stats, (shift, scale, bias))
 
 
-def _backward_once(of: Settings, residuals: Any, cotangents: Any):
+def _backward_once(of: Settings, residuals: Any, cotangents: Any) -> Any:
     x, stats, others = residuals
     s = weights_after(cotangents[0], x, stats)
     y = (x * s).astype(x.dtype)
@@ -103,7 +103,8 @@ _recompute_once.defvjp(_forward_once, _backward_once)
 
 
 def _recompute_each_pass(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, of: Settings):
-    z, moments = _normalised(x, shift, scale, bias, of)
+    normalised: Any = _normalised(x, shift, scale, bias, of)
+    z, moments = normalised
     return of.activation(z), moments
 
 
@@ -140,7 +141,7 @@ def _forward_each_pass(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: j
     return (z.astype(x.dtype).reshape(x.shape), moments), (x, stats, shift, factor, pullback)
 
 
-def _backward_each_pass(_of: Settings, residuals: Any, cotangents: Any):
+def _backward_each_pass(_of: Settings, residuals: Any, cotangents: Any) -> Any:
     x, stats, shift, factor, pullback = residuals
     dz, dmoments = cotangents
     rows = _Rows(x)
