@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from simam_jax import errors
-from simam_jax.models import create_model, variable_shapes
+from simam_jax.models import create_model, init_variables, variable_shapes
 
 VariablePath = tuple[str, ...]
 State = dict[str, np.ndarray]  # a state_dict: PyTorch's names, layouts and shapes
@@ -157,9 +157,7 @@ def from_torch(
     arrays = {path: _from_torch_layout(state[key]).astype(expected[path].dtype) for path, key in keys.items()}
     variables: dict[VariablePath, Any] = jax.tree.map(jnp.asarray, arrays)
     if skip_head:
-        # Only what is returned gets compiled and drawn.
-        draw = jax.jit(lambda key, x: model.init(key, x)["params"][HEAD])
-        drawn = draw(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        drawn = init_variables(model, jax.random.key(0))["params"][HEAD]
         variables |= {path: drawn[path[-1]] for path in head}
     return model, unflatten_dict(variables)
 
