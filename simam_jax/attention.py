@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from simam_jax.errors import UserError
-from simam_jax.layers import BatchNorm, Conv, Initializer, LayerFactory, Linear, SimAMBatchNorm, torch_uniform
+from simam_jax.initializers import Initializer, torch_uniform
+from simam_jax.layers import BatchNorm, Conv, LayerFactory, Linear, SimAMBatchNorm
 from simam_jax.ops.moments import at_least_float32
 from simam_jax.ops.pooling import global_average
 from simam_jax.ops.simam import MAP, simam, simam_weights

@@ -13,16 +13,12 @@ from flax import linen as nn
 from jax import lax
 
 from simam_jax.errors import UserError
+from simam_jax.initializers import Initializer, he_normal, ones, torch_uniform, zeros
 from simam_jax.ops.batch_norm import GroupMoments, batch_norm, over_neighbours
 from simam_jax.ops.convolution import convolve
 from simam_jax.ops.moments import Moments, at_least_float32
 from simam_jax.ops.simam import simam
 from simam_jax.ops.simam_batch_norm import Activation, simam_batch_norm
-
-Initializer = Callable[..., jax.Array]
-
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within +-1/sqrt(fan_in)
 
 
 class Conv(nn.Module):
@@ -62,11 +58,8 @@ class Linear(nn.Module):
         if not self.use_bias:
             return y
 
-        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-            bound = fan_in**-0.5
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        bias = self.param("bias", self.bias_init or uniform, (self.features,), dtype)
+        bias_init = self.bias_init or Initializer("uniform", fan_in**-0.5)
+        bias = self.param("bias", bias_init, (self.features,), dtype)
         return y + bias.astype(x.dtype)
 
 
@@ -95,10 +88,10 @@ class BatchNorm(nn.Module):
             UserError: the images cannot be grouped as asked for, or a group holds one value per channel only.
         """
         shape, dtype = x.shape[-1:], at_least_float32(x.dtype)
-        scale = self.param("scale", nn.initializers.ones, shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        scale = self.param("scale", ones, shape, dtype)
+        bias = self.param("bias", zeros, shape, dtype)
+        mean = self.variable("batch_stats", "mean", zeros, None, shape, dtype)
+        var = self.variable("batch_stats", "var", ones, None, shape, dtype)
         if not train:
             return self.by_running_statistics(x, mean.value, var.value, scale, bias)
 

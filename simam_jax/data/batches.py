@@ -138,8 +138,8 @@ class _Stream:
 
 def reason(error: Exception) -> str:
     """What TensorFlow says is wrong, without where in its graph it noticed."""
-    text = str(getattr(error, "message", error))
-    nodes = re.findall(r"\{\{[^}]*\}\}\s*([^\n\[]+)", text)
-    lines = [*nodes, *text.splitlines()]
-    useful = [line.strip() for line in lines if line.strip() and "Graph execution error" not in line]
-    return useful[0] if useful else type(error).__name__
+    text = re.split(r"\n?\s*\[\[|\s*\[Op:", str(getattr(error, "message", error)))[0]
+    noise = ("Graph execution error", "Detected at node", "File ")
+    lines = [re.sub(r"\{\{[^}]*\}\}", "", line).strip() for line in text.splitlines()]
+    useful = [line for line in lines if line and not line.startswith(noise)]
+    return useful[-1] if useful else type(error).__name__

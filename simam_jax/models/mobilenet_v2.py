@@ -5,14 +5,15 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from simam_jax.layers import Linear, he_normal, torch_uniform
+from simam_jax.initializers import Initializer, he_normal, torch_uniform, zeros
+from simam_jax.layers import Linear
 from simam_jax.models.backbone import Backbone, Features
 from simam_jax.models.blocks import InvertedResidual
 
 # Table 2 of the paper: expansion, width, blocks, stride of the first block.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
-MobileNetLinear = partial(Linear, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
+MobileNetLinear = partial(Linear, kernel_init=Initializer("normal", 0.01), bias_init=zeros)
 
 
 class MobileNetV2(Backbone, kw_only=True):

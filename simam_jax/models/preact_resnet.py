@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from simam_jax.layers import Initializer, torch_uniform
+from simam_jax.initializers import Initializer, torch_uniform
 from simam_jax.models.backbone import Backbone, Features
 
 

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from simam_jax import errors
 from simam_jax.attention import KINDS
-from simam_jax.layers import Linear, he_normal, torch_uniform
+from simam_jax.initializers import he_normal, torch_uniform, zeros
+from simam_jax.layers import Linear
 from simam_jax.models.backbone import Backbone
 from simam_jax.models.blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 from simam_jax.models.classifier import Classifier
@@ -46,7 +47,7 @@ _CifarResNet = partial(ResNet, width=16, stem="3x3", kernel_init=torch_uniform)
 _WideResNet = partial(
     PreActResNet, block=partial(PreActBlock, wide=True), width=160, dropout_rate=0.3, kernel_init=he_normal
 )
-_wide_resnet = replace(_Cifar(_WideResNet), head=partial(Linear, bias_init=nn.initializers.zeros))
+_wide_resnet = replace(_Cifar(_WideResNet), head=partial(Linear, bias_init=zeros))
 # depth: blocks in each of the three stages, of basic and of bottleneck blocks
 _CIFAR_DEPTHS = {20: (3, 3), 32: (5, 5), 56: (9, 6), 110: (18, 12), 164: (27, 18)}
 

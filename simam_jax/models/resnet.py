@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from simam_jax.layers import Initializer, LayerFactory, he_normal
+from simam_jax.initializers import Initializer, he_normal
+from simam_jax.layers import LayerFactory
 from simam_jax.models.backbone import Backbone, Features
 from simam_jax.ops.pooling import max_pool
 
