@@ -1,5 +1,6 @@
 """What one wants to know before a long job: does it compile, does it fit, how long will it take."""
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from simam_jax.progress import duration
 from simam_jax.task import Task
 from simam_jax.training import prefetch
+from simam_jax.training.program import Program, free_memory, planned_memory
 from simam_jax.training.run import build, initial_state
 from simam_jax.training.workdir import writable
 
@@ -39,25 +41,17 @@ def check(config: ConfigDict, workdir: str, make_task: Callable[[ConfigDict], Ta
         print(f"{name:16} {text}", flush=True)
 
     state = initial_state(run)
+    program, began = Program(run), time.monotonic()
+    program.prepare(state)
     batches = prefetch.to_devices(run.task.train_batches(0), run.mesh, config.data.prefetch)
     batch = next(batches)
-    train_step = run.train_step()
-    began = time.monotonic()
-    compiled = train_step.lower(state, batch).compile()
-    print(f"{'compilation':16} {time.monotonic() - began:.1f} s", flush=True)
-    memory = compiled.memory_analysis()
-    if memory is not None:
-        peak = (
-            memory.temp_size_in_bytes
-            + memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        print(
-            f"{'memory':16} {peak / 2**30:.2f} GiB per device{f' of {limit / 2**30:.2f} GiB' if limit else ''}",
-            flush=True,
-        )
+    with contextlib.closing(program):
+        compiled = program.executable(state, batch)
+    print(f"{'compilation':16} {time.monotonic() - began:.1f} s, with the first batch", flush=True)
+    if plan := planned_memory(compiled):
+        free = free_memory()
+        beside = f" of {free / 2**30:.2f} GiB that are free" if free is not None else ""
+        print(f"{'memory':16} {plan[0] / 2**30:.2f} GiB per device beside the state{beside}", flush=True)
 
     seconds = []
     for inputs in itertools.islice(itertools.chain([batch], batches), 1 + TIMED_STEPS):

@@ -17,6 +17,7 @@ from simam_jax.training.checkpointer import Checkpointer
 from simam_jax.training.evaluation import describe, evaluate, prefixed
 from simam_jax.training.meter import Meter
 from simam_jax.training.profile import Profiler
+from simam_jax.training.program import Program
 from simam_jax.training.run import Run, build, initial_state, plain
 from simam_jax.training.workdir import lock, writable
 
@@ -81,7 +82,9 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress, shou
         return
 
     # ---- the parts
-    train_step = run.train_step()
+    progress.show("compiling")
+    program = Program(run)
+    program.prepare(state)
     eval_step = run.eval_step()
     batches = prefetch.to_devices(task.train_batches(first), run.mesh, config.data.prefetch)
     eval_at, save_at = run.every(config.eval_every_epochs), run.every(config.checkpoint.every_epochs)
@@ -92,14 +95,14 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress, shou
 
     # ---- update, look, save
     with (
+        contextlib.closing(program),
         contextlib.closing(distributed.Watchdog(config.max_step_seconds)) as watchdog,
         contextlib.closing(metrics.MetricWriter(folder, plain(config))) as writer,
     ):
-        progress.show("compiling")
         for step in range(first + 1, num_steps + 1):
             meter.resume()
             profiler.before(step)
-            state, values = train_step(state, meter.wait_for(batches))
+            state, values = program(state, meter.wait_for(batches))
             meter.add(values)
             watchdog.beat(step)
             profiler.after(step, values)
