@@ -347,5 +347,7 @@ def plain_path(path: Path) -> Iterator[Path]:
 
 def first_line(error: BaseException) -> str:
     """The error in one short line."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:200]}".rstrip(". ")
+    text = next(iter(str(error).strip().splitlines()), "").partition(" [source locations=")[0]
+    if len(text) > 250:  # TensorStore gives the place first and the reason last
+        text = f"{text[:120]} ... {text[-120:]}"
+    return f"{type(error).__name__}: {text}".rstrip(". ")

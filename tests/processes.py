@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,16 @@ class Run:
     """A `python train.py` of the digits recipe, made small; its output is read as it comes."""
 
     def __init__(
-        self, workdir: Path, cache: Path, *, program="train.py", mode="train", devices=1, size_limit=0, **changes
+        self,
+        workdir: Path,
+        cache: Path,
+        *,
+        program="train.py",
+        mode="train",
+        devices=1,
+        size_limit=0,
+        terminal=None,
+        **changes,
     ):
         settings = (
             SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
@@ -54,8 +64,10 @@ class Run:
                 "PYTHONUNBUFFERED": "1",
                 "PYTHONPATH": str(ROOT),
             },
-            stdout=subprocess.PIPE,
+            stdin=terminal,
+            stdout=terminal or subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=None if terminal is None else partial(os.login_tty, terminal),
             text=True,
         )
         self.output = ""
