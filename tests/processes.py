@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +53,9 @@ class Run:
             str(workdir),
         ]
         limit = ["bash", "-c", f'ulimit -f {size_limit}; exec "$@"', "limited"] if size_limit else []
+        in_terminal = [] if terminal is None else ["setsid", "--ctty"]  # util-linux: the terminal is then its own
         self.process = subprocess.Popen(
-            [*limit, *command, "--mode", mode, *flags],
+            [*in_terminal, *limit, *command, "--mode", mode, *flags],
             cwd=ROOT,
             env=os.environ
             | {
@@ -67,7 +67,6 @@ class Run:
             stdin=terminal,
             stdout=terminal or subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=None if terminal is None else partial(os.login_tty, terminal),
             text=True,
         )
         self.output = ""
