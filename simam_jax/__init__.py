@@ -9,9 +9,8 @@ from simam_jax.errors import UserError
 from simam_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
-    from simam_jax.convert import load_torch
     from simam_jax.inference import Predictor
-    from simam_jax.weights import load
+    from simam_jax.weights import load, load_torch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +31,7 @@ __all__ = [
 _LAZY = {
     "Predictor": "simam_jax.inference",
     "load": "simam_jax.weights",
-    "load_torch": "simam_jax.convert",
+    "load_torch": "simam_jax.weights",
 }
 
 

@@ -1,6 +1,7 @@
 """What the commands share: arguments that name a network, the search for images, progress, skipped images."""
 
 import argparse
+import collections
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_arguments(parser, of="of a .pth.tar: ")
     parser.add_argument("--class-names", help="a text file with one name a line; default: the checkpoint's")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the weights")
+    parser.add_argument("--key", help="of a file with several: under which key the weights are")
 
 
 def load_predictor(args: argparse.Namespace, **options) -> "Predictor":
@@ -47,12 +49,7 @@ def load_predictor(args: argparse.Namespace, **options) -> "Predictor":
     """
     from simam_jax.inference import Predictor  # needs more than a bare install has
 
-    names = None
-    if args.class_names:
-        try:
-            names = Path(args.class_names).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise errors.UserError(f"--class-names={args.class_names} cannot be read: {error}") from error
+    names = read_class_names(args.class_names) if args.class_names else None
     return Predictor.load(
         args.checkpoint,
         name=args.model,
@@ -60,8 +57,24 @@ def load_predictor(args: argparse.Namespace, **options) -> "Predictor":
         attention_param=args.attention_param,
         class_names=names,
         ema=args.ema,
+        key=args.key,
         **options,
     )
+
+
+def read_class_names(path: str, count: int | None = None) -> list[str]:
+    """The names in a text file, one a line.
+
+    Raises:
+        UserError: it cannot be read, or does not hold `count` names.
+    """
+    try:
+        names = Path(path).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UserError(f"--class-names={path} cannot be read: {error}") from error
+    if count is not None and len(names) != count:
+        raise errors.UserError(f"--class-names={path} holds {len(names)} names for {count} classes.")
+    return names
 
 
 def find_images(paths: list[str]) -> list[Path]:
@@ -71,17 +84,28 @@ def find_images(paths: list[str]) -> list[Path]:
         UserError: a path is not there, or a folder has no images.
     """
     found = []
-    for path in map(Path, paths):
+    left_out: collections.Counter[str] = collections.Counter()
+    for path in (Path(path).expanduser() for path in paths):
         if not path.is_dir():
             if not path.exists():
                 raise errors.UserError(f"There is no file or folder {path}.")
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+        inside = sorted(file for file in files if file.suffix.lower() in ENDINGS)
+        left_out.update(file.suffix or "without an ending" for file in set(files) - set(inside))
         if not inside:
             raise errors.UserError(f"There are no images in the folder {path} (looked for {', '.join(ENDINGS)}).")
         found += inside
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        print(f"left out: {kinds}", file=sys.stderr)
     return found
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def with_progress(results: Iterator, total: int) -> Iterator:

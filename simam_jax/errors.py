@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -57,7 +58,12 @@ def naming_extras() -> Iterator[None]:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and exits: 0 or what it returns; 2 with the bare message for a `UserError`."""
+    """Runs a command's `main` and exits: 0 or what it returns; 2 with the bare message for a `UserError`.
+
+    TensorFlow's errors are shown, its notices at the start are not: TF_CPP_MIN_LOG_LEVEL=0 shows them.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # reading images does not use it, and it announces itself
     try:
         with naming_extras():
             sys.exit(main() or 0)

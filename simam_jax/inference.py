@@ -2,10 +2,10 @@
 
 import functools
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
-from PIL import Image
 
-from simam_jax import checkpoints, convert, errors, weights
+from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
-from simam_jax.models import MODELS
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
-from simam_jax.preprocessing import ImageLike, Preprocessing
+from simam_jax.preprocessing import ImageLike, Preprocessing, is_one_image
 
 _AHEAD = 2  # batches on their way through the device while the next images are read
 
@@ -59,7 +57,7 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         name: str | None = None,
         num_classes: int | None = None,
@@ -68,15 +66,17 @@ class Predictor:
         preprocessing: Preprocessing | None = None,
         class_names: Sequence[str] | None = None,
         ema: bool = False,
+        key: str | None = None,
         batch_size: int = 32,
     ) -> "Predictor":
-        """The network in a workdir or a checkpoint of train.py, or in a file of the original.
+        """The network in a workdir or a checkpoint of train.py, or in a file of PyTorch weights.
 
         Args:
             path: a workdir (its newest checkpoint), a checkpoint, or a .pth.tar, .pth, .safetensors or .npz.
-            name, num_classes, attention, attention_param: of a file, as for `load_torch`; a checkpoint knows them.
+            name, num_classes, attention, attention_param, key: of a file, as for `load_torch`; a checkpoint knows them.
                 A `name` that is not the checkpoint's is an error.
-            preprocessing: None: the checkpoint's; for weights without one what the original uses for that network.
+            preprocessing: None: the checkpoint's; for weights without one what the reference implementation feeds that
+                network with, which is said.
             class_names: None: the checkpoint's; for a file numbers.
             ema: the exponential moving average of the variables, where the run kept one.
             batch_size: the most images computed at once.
@@ -84,37 +84,33 @@ class Predictor:
         Raises:
             UserError: nothing that can be read is there, or it is of another model.
         """
-        if Path(path).is_file():
-            if name is None:
-                raise errors.UserError(f"{path} does not say of which model it is: give its name, such as resnet50.")
-            model, variables = convert.load_torch(
-                path, name, num_classes=num_classes, attention=attention, attention_param=attention_param
-            )
-            meta: checkpoints.Meta = {}
-        else:
-            meta = checkpoints.read_meta(path)
-            asked, name = name, str(meta["model"]["name"])
-            if asked not in (None, name):
-                raise errors.UserError(f"The checkpoint {path} is of {name}, not of {asked}.")
-            model, variables = weights.load(path, ema=ema)
+        found = weights.load_weights(
+            path,
+            name=name,
+            num_classes=num_classes,
+            attention=attention,
+            attention_param=attention_param,
+            key=key,
+            ema=ema,
+        )
         if preprocessing is None:
-            preprocessing = _stored(meta) or MODELS[name].preprocessing
+            preprocessing = weights.preprocessing_of(found)
         if class_names is None:
-            class_names = meta.get("class_names")
-        return cls(model, variables, preprocessing, class_names, batch_size=batch_size)
+            class_names = found.spec.get("class_names")
+        return cls(found.model, found.variables, preprocessing, class_names, batch_size=batch_size)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Predictions:
         """The probabilities of one image or of many, of any sizes.
 
         Args:
-            images: a path, a PIL image, an array (H, W), (H, W, C) of uint8, or a sequence of any of these, such as
-                an array (N, H, W, C).
+            images: what `Preprocessing` takes (a path, a file, its bytes, a PIL image, an array, a torch tensor), or a
+                sequence of these, such as an array (N, H, W, C).
 
         Raises:
             UserError: one of them is no readable image; the message names it.
         """
         rows = []
-        for _, result in self.stream([images] if _is_one(images) else images):  # pyright: ignore
+        for _, result in self.stream([images] if is_one_image(images) else images):  # pyright: ignore
             if isinstance(result, errors.UserError):
                 raise result
             rows.append(result)
@@ -177,19 +173,6 @@ class Predictor:
         """uint8 (N, image_size, image_size, 3) to float32, as `model.apply` takes images."""
         how = self.preprocessing
         return normalize(jnp.asarray(pixels), how.mean, how.std)
-
-
-def _stored(meta: checkpoints.Meta) -> Preprocessing | None:
-    stored = meta.get("preprocessing")
-    if not stored:
-        return None
-    return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
-
-
-def _is_one(images: Any) -> bool:
-    if isinstance(images, np.ndarray | jax.Array):
-        return images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 3, 4))
-    return isinstance(images, str | Path | Image.Image)
 
 
 def _ahead(

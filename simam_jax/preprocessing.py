@@ -4,6 +4,7 @@ PIL is imported when the first image is read.
 """
 
 import dataclasses
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from simam_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-ImageLike = Any  # a path, a PIL image, or an array
+ImageLike = Any  # a path, a file, its bytes, a PIL image, an array, a torch tensor
 
 # Larger ones are refused before they are decoded: a few bytes of a file can claim any size.
 MAX_PIXELS = 178_956_970  # PIL's own limit, 0.5 GiB of RGB
@@ -46,27 +47,35 @@ class Preprocessing:
         """The image as uint8 (image_size, image_size, 3), not yet normalised: torchvision's Resize and CenterCrop.
 
         Args:
-            image: a path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 in 0..255.
+            image: a path, a file, the bytes of one, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
+                uint8 in 0..255; a torch tensor may also be (1, H, W), (3, H, W) or (4, H, W).
 
         Raises:
             UserError: no readable image; the message names it.
         """
         from PIL import Image
 
-        if isinstance(image, Image.Image):
-            return self._pixels(image, "The image")
-        if not isinstance(image, str | os.PathLike):
-            return self._pixels(_from_array(np.asarray(image)), "The array")
-        path = Path(image)
-        if not path.is_file():
-            raise UserError(f"{path} is {'a folder, not an image' if path.is_dir() else 'no file'}.")
+        if isinstance(image, str | os.PathLike):
+            name, source = str(image), Path(image).expanduser()
+            if not source.is_file():
+                raise UserError(f"{source} is {'a folder, not an image' if source.is_dir() else 'no file'}.")
+        elif isinstance(image, bytes):
+            name, source = "The image", io.BytesIO(image)
+        elif hasattr(image, "read"):
+            name, source = str(getattr(image, "name", "The file")), image
+        elif isinstance(image, Image.Image):
+            name, source = "The image", ""
+        else:
+            return self._pixels(_from_array(_as_array(image)), "The array")
         try:
-            with Image.open(path) as opened:
-                return self._pixels(opened, str(path))
+            if isinstance(image, Image.Image):
+                return self._pixels(image, name)
+            with Image.open(source) as opened:
+                return self._pixels(opened, name)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's ways to say no
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} cannot be read as an image: {_reason(error)}.") from error
+            raise UserError(f"{name} cannot be read as an image: {_reason(error)}.") from error
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of an image that the network sees: left, top, right, bottom in pixels."""
@@ -104,6 +113,27 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     if image.mode.startswith("I"):  # 16 bits a value: PIL's own conversion would cut off instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def is_one_image(images: Any) -> bool:
+    """Whether this is an image and not a sequence of images: what `Preprocessing` takes."""
+    if isinstance(images, str | bytes | os.PathLike) or hasattr(images, "read") or hasattr(images, "getbands"):
+        return True
+    shape = getattr(images, "shape", None)
+    if shape is None:
+        return False
+    channels = (1, 3, 4)
+    channels_first = hasattr(images, "detach") and len(shape) == 3 and shape[0] in channels
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in channels) or channels_first
+
+
+def _as_array(image: Any) -> np.ndarray:
+    """A NumPy array (H, W, ...) of an array or a torch tensor, which may have its channels first."""
+    if not hasattr(image, "detach"):
+        return np.asarray(image)
+    array = image.detach().cpu().numpy()
+    first = array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4)
+    return array.transpose(1, 2, 0) if first else array
 
 
 def _from_array(array: np.ndarray) -> "Image.Image":

@@ -53,6 +53,8 @@ class Task:
             or they are fixed) and other sums to report.
         measure: from (variables, batch) to arrays with a row an image, for one device's part of an evaluation batch.
         evaluator: makes an `Evaluator` for one pass.
+        accepts: raises `UserError` where a checkpoint with such meta data must not be scored or continued, beyond another
+            `model`, which is always refused.
         describe: from scores, or means of the sums of `loss`, to one line for people.
         costs: rows for `--mode check`, name -> text: what the network is and what it costs.
         trainable: whether the parameter at a path is trained. One that is not has no gradient, no decay and no optimizer
@@ -75,6 +77,7 @@ class Task:
     measure: Callable[[Tree, Batch], Tree]
     evaluator: Callable[[], Evaluator]
     describe: Callable[[Scores], str]
+    accepts: Callable[[Mapping[str, Any]], None] = lambda _meta: None
     costs: Callable[[], Mapping[str, str]] = dict
     trainable: Callable[[Path], bool] = lambda _path: True
     pictures: Callable[[Tree], Mapping[str, np.ndarray]] | None = None

@@ -1,19 +1,45 @@
-"""Weights from a workdir, a checkpoint or a foreign file."""
+"""Weights from anywhere: a workdir, a checkpoint in it, or a file of PyTorch weights."""
 
+import itertools
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
-from simam_jax import checkpoints, convert, errors, models
-from simam_jax.models import variable_shapes
+from simam_jax import checkpoints
+from simam_jax.errors import UserError, unknown
+from simam_jax.models import HEAD, MODELS, Classifier, create_model, init_variables, variable_shapes
+from simam_jax.preprocessing import Preprocessing
+from simam_jax.torch_weights.files import read_state
+from simam_jax.torch_weights.names import State, VariablePath, from_torch_layout, torch_names, torch_shape
 
 Tree = Any
+PLAIN = ("none", "simam")  # kinds of attention without parameters: their weights are each other's
 
 
-def load(path: str | Path, *, ema: bool = False) -> tuple[nn.Module, Tree]:
+@dataclass(frozen=True)
+class Weights:
+    """A network with weights, and what is known of it.
+
+    Attributes:
+        model, variables: for `model.apply(variables, images)`.
+        spec: JSON as in checkpoints: `model`, and `preprocessing` and `class_names` where they are known.
+    """
+
+    model: Classifier
+    variables: Tree
+    spec: Mapping[str, Any]
+
+
+def load(path: str | os.PathLike[str], *, ema: bool = False) -> tuple[Classifier, Tree]:
     """A trained network: `model, variables = load(path)`, then `model.apply(variables, images)`.
 
     Args:
@@ -25,34 +51,275 @@ def load(path: str | Path, *, ema: bool = False) -> tuple[nn.Module, Tree]:
         The linen module, and `{"params": ..., "batch_stats": ...}` on the first device of this process.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged or of another model, or `ema` is asked of a run without one.
+        UserError: there is no checkpoint, it is damaged or of another model, `ema` is asked of a run without one, or its
+            weights are not finite.
     """
+    found = _from_checkpoint(path, ema)
+    return found.model, found.variables
+
+
+def load_torch(
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    num_classes: int | None = None,
+    attention: str = "simam",
+    attention_param: float | None = None,
+    dtype: DTypeLike = jnp.float32,
+    skip_head: bool = False,
+    key: str | None = None,
+    ema: bool = False,
+) -> tuple[Classifier, Tree]:
+    """A network with the weights of a file of PyTorch's.
+
+        model, variables = load_torch("resnet50_simam.pth.tar", "resnet50", attention="simam", attention_param=0.1)
+
+    SimAM has no parameters, so weights of the plain network (torchvision's, say) are weights of the one with SimAM, and the
+    other way round: they load by themselves, with a notice.
+
+    Args:
+        path: .safetensors, .npz, or what `torch.save` wrote: a state_dict, or a dict with one in it.
+        name, attention, attention_param, dtype: as for `create_model`.
+        num_classes: None: as many as the file has.
+        skip_head: leave the classifier as freshly drawn, for another number of classes.
+        key: under which key the weights are, where the file holds several.
+        ema: take the exponential moving average in the file.
+
+    Returns:
+        The linen module and `{"params": ..., "batch_stats": ...}`.
+
+    Raises:
+        UserError: no such file, not a file of weights, or weights of another network.
+    """
+    state = read_state(path, key=key, ema=ema).state
+    settings = {"attention": attention, "attention_param": attention_param, "dtype": dtype}
+    return from_torch(state, name, num_classes=num_classes, skip_head=skip_head, source=str(path), **settings)
+
+
+def load_weights(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    attention: str = "simam",
+    attention_param: float | None = None,
+    key: str | None = None,
+    ema: bool = False,
+) -> Weights:
+    """The network in a workdir, in a checkpoint, or in a file of PyTorch weights.
+
+    Args:
+        path: what to read.
+        name, num_classes, attention, attention_param, key: of a file, as for `load_torch`. A checkpoint, and a file that we
+            wrote, knows them; a `name` that is not the checkpoint's is an error.
+        ema: the exponential moving average of the variables.
+
+    Raises:
+        UserError: nothing that can be read is there, or it is of another model.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        found = _from_checkpoint(path, ema)
+        if name not in (None, found.model.architecture):
+            raise UserError(f"The checkpoint {path} is of {found.model.architecture}, not of {name}.")
+        return found
+    state, about = read_state(path, key=key, ema=ema)
+    if name is None:
+        if "model" not in about:
+            raise UserError(f"{path} does not say of which model it is: give its name, such as resnet50.")
+        own = about["model"]
+        name, attention, attention_param = own["name"], own["attention"], own["attention_param"]
+    settings = {"attention": attention, "attention_param": attention_param}
+    model, variables = from_torch(state, str(name), num_classes=num_classes, source=str(path), **settings)
+    spec = {"task": "classification"} | {k: v for k, v in about.items() if k in ("preprocessing", "class_names")}
+    return Weights(model, variables, spec | {"model": model.spec()})
+
+
+def _from_checkpoint(path: str | os.PathLike[str], ema: bool) -> Weights:
     item = "ema" if ema else "variables"
 
-    def read_one(checkpoint: Path) -> tuple[nn.Module, Tree]:
-        model = models.create_model(**checkpoints.read_meta(checkpoint)["model"])
+    def read_one(checkpoint: Path) -> Weights:
+        meta = checkpoints.read_meta(checkpoint)
+        model = create_model(**meta["model"])
         items, _ = checkpoints.read(checkpoint, {item: variable_shapes(model)})
-        return model, items[item]
+        check_finite(items[item], str(checkpoint))
+        return Weights(model, items[item], meta)
 
-    return checkpoints.first_readable(path, read_one)
+    return checkpoints.first_readable(Path(path).expanduser(), read_one)
 
 
-def start_from(path: str, model: nn.Module, spec: Mapping[str, Any], fresh: Tree, *, skip_head: bool) -> Tree:
-    """`fresh` with the weights of `config.init_from`; with `init_skip_head` the classifier stays fresh."""
-    if Path(path).is_dir():
-        other, found = load(path)
-        same = ("attention", "attention_param")  # what the parameters' names and shapes do not tell
-        if any(getattr(other, name) != getattr(model, name) for name in same):
-            had, has = ({name: getattr(m, name) for name in same} for m in (other, model))
-            logging.warning("config.init_from=%s was trained with %s, this run has %s.", path, had, has)
-    else:
-        _, found = convert.load_torch(path, skip_head=skip_head, **spec["model"])
+def preprocessing_of(found: Weights) -> Preprocessing:
+    """How the network wants its images: as stored with its weights, else as the reference implementation feeds it."""
+    if stored := found.spec.get("preprocessing"):
+        return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
+    assumed = MODELS[found.model.architecture].preprocessing
+    logging.warning("The weights do not say how images were prepared; assumed: %s.", asdict(assumed))
+    return assumed
+
+
+def from_torch(
+    state: State,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    attention: str = "simam",
+    attention_param: float | None = None,
+    dtype: DTypeLike = jnp.float32,
+    skip_head: bool = False,
+    source: str = "The state_dict",
+) -> tuple[Classifier, Tree]:
+    """A network with the weights of a state_dict.
+
+    Args:
+        state: arrays by the reference implementation's names; `num_batches_tracked` counts for nothing.
+        The others as for `load_torch`. `source` is what an error calls the state_dict.
+
+    Returns:
+        The linen module and `{"params": ..., "batch_stats": ...}`.
+
+    Raises:
+        UserError: entries are missing, unexpected or of the wrong shape: all of them are listed. Or one is not finite.
+    """
+    if skip_head and num_classes is None:
+        raise UserError("skip_head draws a new classifier: say for how many classes, with num_classes.")
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    create_model(name, num_classes=1, attention=attention, attention_param=attention_param)  # says what is misspelt
+    written_with = _attention_of(state, name, attention)
+    if written_with != attention:
+        logging.warning(
+            "%s: weights with attention %s, taken for %s (SimAM has none).", source, written_with, attention
+        )
+    if num_classes is None:
+        (head_bias,) = torch_names([("params", HEAD, "bias")], name, written_with).values()
+        num_classes = max(state[head_bias].size, 1) if head_bias in state else 1
+    model = create_model(
+        name, num_classes=num_classes, attention=attention, attention_param=attention_param, dtype=dtype
+    )
+    expected: dict[VariablePath, Any] = flatten_dict(variable_shapes(model))
+    keys = torch_names(expected, name, written_with)
+    head = {path: key for path, key in keys.items() if path[1] == HEAD}
     if skip_head:
-        found = found | {"params": found["params"] | {convert.HEAD: fresh["params"][convert.HEAD]}}
+        state = {key: value for key, value in state.items() if not _is_below(key, head.values())}
+        keys = {path: key for path, key in keys.items() if path not in head}
+
+    _check_fit(state, {key: torch_shape(expected[path].shape) for path, key in keys.items()}, source, model, head)
+    arrays = {path: from_torch_layout(state[key]).astype(expected[path].dtype) for path, key in keys.items()}
+    variables: dict[VariablePath, Any] = jax.tree.map(jnp.asarray, arrays)
+    check_finite(variables, source)
+    if skip_head:
+        drawn = init_variables(model, jax.random.key(0))["params"][HEAD]
+        variables |= {path: drawn[path[-1]] for path in head}
+    return model, unflatten_dict(variables)
+
+
+def _attention_of(state: State, name: str, attention: str) -> str:
+    """The attention that the names of a state_dict are those of: the one asked for, or the other one without parameters."""
+    if attention not in PLAIN:
+        return attention
+    counts = {}
+    for kind in PLAIN:
+        paths: dict[VariablePath, Any] = flatten_dict(variable_shapes(create_model(name, attention=kind)))
+        counts[kind] = len(set(state) & set(torch_names(paths, name, kind).values()))
+    return max(PLAIN, key=lambda kind: (counts[kind], kind == attention))
+
+
+def _is_below(key: str, names: Any) -> bool:
+    """Whether a key belongs to the module of one of the names: `fc.total_ops` to that of `fc.weight`."""
+    return any(key.startswith(name.rpartition(".")[0] + ".") for name in names)
+
+
+def _check_fit(
+    state: State,
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
+    model: Classifier,
+    head: Mapping[VariablePath, str],
+) -> None:
+    problems = [f"  missing: {key} {shapes[key]}" for key in shapes if key not in state]
+    problems += [f"  unexpected: {key} {state[key].shape}" for key in state if key not in shapes]
+    problems += [
+        f"  wrong shape: {key} is {state[key].shape}, must be {shape}"
+        for key, shape in shapes.items()
+        if key in state and state[key].shape != shape
+    ]
+    if not problems:
+        return
+    hint = "Check the model, the attention and its parameter"
+    if any(key in line for line in problems for key in head.values()):
+        hint += "; for another number of classes, skip the head"
+    what = f"{model.architecture} with attention {model.attention}"
+    raise UserError("\n".join([f"{source} does not fit {what}:", *problems, f"{hint}."]))
+
+
+def check_finite(variables: Tree, source: str) -> None:
+    """Raises `UserError` if a weight is infinite or no number."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not np.isfinite(np.asarray(leaf, np.float32 if leaf.dtype == jnp.bfloat16 else None)).all():
+            raise UserError(
+                f"{source} holds weights that are not finite ({jax.tree_util.keystr(path)}): its training has failed. "
+                f"Take an earlier checkpoint."
+            )
+
+
+# ---- where a run starts from
+
+
+def start_from(
+    path: str,
+    model: Classifier,
+    spec: Mapping[str, Any],
+    fresh: Tree,
+    *,
+    skip_head: bool,
+    match_classes: str = "by_name",
+) -> Tree:
+    """`fresh` with the weights of `config.init_from`; with `init_skip_head` the classifier stays fresh.
+
+    Raises:
+        UserError: they do not fit, or their head is for other classes.
+    """
+    if Path(path).expanduser().is_dir():
+        start = _from_checkpoint(path, ema=False)
+        found = start.variables
+        same = ("attention", "attention_param")  # what the parameters' names and shapes do not tell
+        if any(getattr(start.model, name) != getattr(model, name) for name in same):
+            had, has = ({name: getattr(m, name) for name in same} for m in (start.model, model))
+            logging.warning("config.init_from=%s was trained with %s, this run has %s.", path, had, has)
+        if not skip_head:
+            check_class_names(start.spec, spec, f"config.init_from={path}", match_classes)
+    else:
+        _, found = load_torch(path, skip_head=skip_head, **spec["model"])
+    if skip_head:
+        found = found | {"params": found["params"] | {HEAD: fresh["params"][HEAD]}}
     if wrong := checkpoints.differences(checkpoints.layout(found), checkpoints.layout(fresh)):
-        raise errors.UserError(
+        raise UserError(
             f"The weights of config.init_from={path} do not fit {spec['model']['name']} with "
             f"{spec['model']['num_classes']} classes: {wrong}. Another number of classes is no obstacle with "
             f"--config.init_skip_head=True."
         )
     return found
+
+
+def check_class_names(held: Mapping[str, Any], wanted: Mapping[str, Any], source: str, match: str = "by_name") -> None:
+    """Raises `UserError` if weights are for classes of other names than the data's, unless they match "by_order".
+
+    Args:
+        held, wanted: specs; where one has no `class_names`, nothing is compared.
+        source: what has the weights.
+        match: `config.data.match_classes`.
+    """
+    ours, theirs = wanted.get("class_names"), held.get("class_names")
+    if not ours or not theirs or list(ours) == list(theirs) or len(ours) != len(theirs):
+        return  # another number of classes is another model, which says so itself
+    if match == "by_order":
+        return
+    if match != "by_name":
+        raise unknown("config.data.match_classes", match, ("by_name", "by_order"))
+    pairs: Sequence[tuple[int, str, str]] = [
+        (i, a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b
+    ]
+    shown = ", ".join(f"{i}: {a!r} there, {b!r} in the data" for i, a, b in itertools.islice(pairs, 5))
+    raise UserError(
+        f"The classes of {source} have other names than those of the data ({len(pairs)} of {len(ours)} differ; {shown}). "
+        f"If they mean the same in this order, --config.data.match_classes=by_order."
+    )

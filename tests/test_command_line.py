@@ -1,6 +1,7 @@
 """What a user meets first: a quick import, and one clear message for a wrong command."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         ([*DIGITS, "batch_size=3"], "settings are given as --config.FIELD=VALUE"),
         ([*DIGITS, "--config.model.name=resnet51"], "Unknown model 'resnet51'"),
         ([*DIGITS, "--config.batch_size=0"], "it must be at least 1"),
-        ([*DIGITS, "--workdir", "train.py/run"], "cannot be written"),
+        ([*DIGITS, "--workdir", "train.py/run"], "cannot be used"),
         (DIGITS[:0], "--config"),
     ],
 )
@@ -86,9 +87,8 @@ def test_every_public_name_is_there():
         assert getattr(simam_jax, name).__doc__, name
 
 
-@pytest.mark.parametrize("module", ["PIL", "orbax.checkpoint"])
-def test_a_package_that_is_missing_is_an_error_that_names_the_extra(module):
-    code = f"import sys; sys.modules[{module!r}] = None; import simam_jax; simam_jax.Predictor"
+def test_a_package_that_is_missing_is_an_error_that_names_the_extra():
+    code = "import sys; sys.modules['PIL'] = None; import simam_jax; simam_jax.Predictor"
     result = run("-c", code)
     assert "simam_jax.errors.UserError: This needs" in result.stderr
     assert "pip install 'simam-jax[predict]'" in result.stderr
@@ -97,3 +97,12 @@ def test_a_package_that_is_missing_is_an_error_that_names_the_extra(module):
 def test_modules_that_no_extra_brings_keep_their_own_error():
     with pytest.raises(ModuleNotFoundError, match="no_such_module"), errors.naming_extras():
         importlib.import_module("no_such_module")
+
+
+@pytest.mark.slow
+def test_a_command_that_imports_tensorflow_prints_nothing_of_its_start():
+    code = "import importlib; from simam_jax.errors import run_cli; run_cli(lambda: importlib.import_module('tensorflow') and 0)"
+    quiet = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_models import COMBINATIONS, shapes
+from golden_cases import COMBINATIONS
 
 import simam_jax
 from simam_jax import UserError, convert, create_model, load_torch
-from simam_jax.convert import from_torch, read_state, to_torch, write_state
+from simam_jax.models import variable_shapes
+from simam_jax.torch_weights.files import read_state, write_state
+from simam_jax.torch_weights.names import State, to_torch
+from simam_jax.weights import from_torch
 
 torch = pytest.importorskip("torch")
 
@@ -18,7 +21,7 @@ torch = pytest.importorskip("torch")
 def random_variables(name: str, attention: str, num_classes: int = 7) -> dict:
     rng = np.random.default_rng(0)
     model = create_model(name, num_classes=num_classes, attention=attention)
-    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes(model))
+    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), variable_shapes(model))
 
 
 def assert_equal(tree: dict, other: dict):
@@ -29,12 +32,12 @@ def assert_equal(tree: dict, other: dict):
 
 
 @pytest.fixture(scope="module")
-def state() -> convert.State:
+def state() -> State:
     """A small network of the original, with SE."""
     return to_torch(random_variables("cifar_resnet20", "se", 10), "cifar_resnet20", attention="se")
 
 
-def in_torch(state: convert.State) -> dict:
+def in_torch(state: State) -> dict:
     return {key: torch.from_numpy(value) for key, value in state.items()}
 
 
@@ -68,17 +71,18 @@ def test_names_of_the_original(name: str, attention: str, key: str, shape: tuple
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pth.tar", ".safetensors", ".npz"])
-def test_every_format_round_trips(state: convert.State, tmp_path, ending: str):
+def test_every_format_round_trips(state: State, tmp_path, ending: str):
     path = tmp_path / f"weights{ending}"
     write_state(state, path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    found = read_state(path)
-    assert found.keys() == state.keys()
-    for key in state:
+    found = read_state(path).state
+    kept = {key for key in state if not key.endswith("num_batches_tracked")}
+    assert found.keys() == kept
+    for key in kept:
         np.testing.assert_array_equal(found[key], state[key])
 
 
-def test_both_forms_of_the_original(state: convert.State, tmp_path, caplog: pytest.LogCaptureFixture):
+def test_both_forms_of_the_original(state: State, tmp_path, caplog: pytest.LogCaptureFixture):
     training = {"epoch": 3, "arch": "x", "best_acc": torch.tensor(71.0), "optimizer": {"state": {}, "param_groups": []}}
     scores = {"best_acc": np.float64(71.0), "losses": [np.float32(0.5), np.int64(2)]}
     torch.save({"state_dict": in_torch(state)} | scores, tmp_path / "scores.pth.tar")
@@ -95,7 +99,7 @@ def test_both_forms_of_the_original(state: convert.State, tmp_path, caplog: pyte
     assert_equal(from_torch(state, "cifar_resnet20", attention="se")[1], first)
 
 
-def test_one_error_lists_everything(state: convert.State):
+def test_one_error_lists_everything(state: State):
     wrong = dict(state)
     wrong["layer1.0.conv1.wait"] = wrong.pop("layer1.0.conv1.weight")
     wrong["layer2.0.conv1.weight"] = np.zeros((32, 16, 1, 1), np.float32)
@@ -110,7 +114,7 @@ def test_one_error_lists_everything(state: convert.State):
     ]
 
 
-def test_another_number_of_classes_needs_skip_head(state: convert.State):
+def test_another_number_of_classes_needs_skip_head(state: State):
     with pytest.raises(UserError, match=r"linear\.weight is \(10, 64\), must be \(7, 64\)[^$]*skip the head"):
         from_torch(state, "cifar_resnet20", attention="se", num_classes=7)
     with pytest.raises(UserError, match="num_classes"):
@@ -124,7 +128,7 @@ def test_another_number_of_classes_needs_skip_head(state: convert.State):
 
 
 @pytest.mark.parametrize("ending", [".pth.tar", ".safetensors", ".npz"])
-def test_truncated_file(state: convert.State, tmp_path, ending: str):
+def test_truncated_file(state: State, tmp_path, ending: str):
     write_state(state, tmp_path / f"whole{ending}")
     path = tmp_path / f"half{ending}"
     content = (tmp_path / f"whole{ending}").read_bytes()
@@ -153,7 +157,7 @@ def test_foreign_files_never_run(tmp_path, capsys: pytest.CaptureFixture):
         read_state(tmp_path / "nowhere.pth")
 
 
-def test_command_both_ways(state: convert.State, tmp_path, capsys: pytest.CaptureFixture):
+def test_command_both_ways(state: State, tmp_path, capsys: pytest.CaptureFixture):
     source, workdir, back = tmp_path / "in.npz", tmp_path / "run", tmp_path / "out.pth.tar"
     write_state(state, source)
     there = [str(source), str(workdir), "--model", "cifar_resnet20", "--attention", "se"]
@@ -164,10 +168,11 @@ def test_command_both_ways(state: convert.State, tmp_path, capsys: pytest.Captur
     with pytest.raises(UserError, match="exists already"):
         convert.main(there)
     convert.main([str(workdir), str(back), "--to-torch", "--module-prefix"])
-    found = read_state(back)
-    assert found.keys() == {f"module.{key}" for key in state}
-    for key in state:
-        np.testing.assert_array_equal(found[f"module.{key}"], state[key])
+    found = read_state(back).state
+    kept = {key for key in state if not key.endswith("num_batches_tracked")}
+    assert found.keys() == kept
+    for key in kept:
+        np.testing.assert_array_equal(found[key], state[key])
     with pytest.raises(UserError, match="exists already"):
         convert.main([str(workdir), str(back), "--to-torch"])
     with pytest.raises(UserError, match="Unknown ending"):

@@ -1,4 +1,4 @@
-"""Every number that the original printed, from the same weights (tests/golden): the networks are equal to it.
+"""Every number that the reference implementation printed, from the same weights (tests/golden): the networks are equal to it.
 
 In float64 everything agrees to 1e-7 of its size. What is zero in theory (the gradient of a bias before a batch norm) is
 rounding noise on both sides and must be below 1e-9.
@@ -14,7 +14,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from golden_cases import NAMES, golden_images, golden_state, model_name, read_case
 
-from simam_jax.convert import from_torch, to_torch, torch_names
+from simam_jax.torch_weights.names import to_torch, torch_names
+from simam_jax.weights import from_torch
 
 QUICK = ("cifar-resnet20-basic-simam-0.0001", "imagenet-resnet18-se-16")  # the others take minutes: `pytest -m slow`
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
@@ -28,7 +29,7 @@ def build(case: dict):
         attention=case["attention"],
         attention_param=case["attention_param"],
     )
-    # The original's numbers of the wide networks are without dropout.
+    # The reference implementation's numbers of the wide networks are without dropout.
     return model.with_backbone(dropout_rate=0.0) if hasattr(model.backbone, "dropout_rate") else model, variables
 
 
@@ -56,7 +57,7 @@ def make_train(model):
 
 
 def norms(tree: dict, name: str, attention: str) -> dict[str, float]:
-    """The L2 norm of every array, by the original's names."""
+    """The L2 norm of every array, by the reference implementation's names."""
     flat = flatten_dict(tree)
     return {
         key: float(np.linalg.norm(np.ravel(flat[path]))) for path, key in torch_names(flat, name, attention).items()
@@ -69,14 +70,14 @@ def assert_close(actual, golden, what: str):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def original(request):
-    """A case: what was asked of the original, what it answered, and its network."""
+def reference(request):
+    """A case: what was asked of the reference implementation, what it answered, and its network."""
     case, golden = read_case(request.param)
     return case, golden, *build(case)
 
 
-def test_float64_equals_original(original):
-    case, golden, *network = original
+def test_float64_equals_the_reference(reference):
+    case, golden, *network = reference
     with jax.enable_x64(True):
         model, variables = in_float64(*network)
         x, labels = golden_images(case)[0], np.array(case["labels"])
@@ -121,8 +122,8 @@ def sgd(train, variables, case):
     return losses, variables
 
 
-def test_float32_eval_logits_equal_original(original):
-    case, golden, model, variables = original
+def test_float32_eval_logits_equal_the_reference(reference):
+    case, golden, model, variables = reference
     logits = jax.jit(partial(model.apply, train=False))(variables, golden_images(case)[0])
     assert logits.dtype == jnp.float32
     error = np.abs(logits - golden["eval_logits"]).max() / np.abs(golden["eval_logits"]).max()

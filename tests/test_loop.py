@@ -11,6 +11,7 @@ from processes import pictures
 import simam_jax
 from configs import base, digits_resnet20_simam
 from simam_jax import checkpoints, models
+from simam_jax.models import mobilenet_v2
 from simam_jax.tasks import make_task
 from simam_jax.training import evaluation, loop
 from simam_jax.training.run import build, initial_state
@@ -124,7 +125,8 @@ def test_weights_that_do_not_fit_are_listed(trained):
 
 
 def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
-    from simam_jax.convert import to_torch, write_state
+    from simam_jax.torch_weights.files import write_state
+    from simam_jax.torch_weights.names import to_torch
 
     _, variables = simam_jax.load(trained)
     path = tmp_path / "original.npz"
@@ -155,6 +157,7 @@ def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
     """At a small size and with one block in every stage; the golden files hold for the whole networks."""
     full = models.create_model
     monkeypatch.setattr(models, "create_model", lambda *args, **kwargs: _shallow(full(*args, **kwargs)))
+    monkeypatch.setattr(mobilenet_v2, "STAGES", [(*shape, 1, stride) for *shape, _, stride in mobilenet_v2.STAGES])
     config = importlib.import_module(f"configs.{recipe}").get_config()
     small = {"data.source": "synthetic", "data.image_size": 32, "batch_size": 16, "model.bn_group_size": 4}
     config.update_from_flattened_dict(small | {"compilation_cache_dir": ""})
@@ -171,5 +174,5 @@ def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
 
 def _shallow(model):
     """The same network with one block in every stage."""
-    sizes = getattr(model, "stage_sizes", ())
-    return model.clone(stage_sizes=(1,) * len(sizes)) if sizes else model
+    sizes = getattr(model.backbone, "stage_sizes", ())
+    return model.with_backbone(stage_sizes=(1,) * len(sizes)) if sizes else model

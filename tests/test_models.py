@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_cases import COMBINATIONS
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from simam_jax import UserError, create_model, list_models
 from simam_jax.layers import BatchNorm, Conv, Dropout
-from simam_jax.models import ATTENTIONS, MODELS, create_backbone, init_variables, variable_shapes
+from simam_jax.models import create_backbone, init_variables, variable_shapes
 from simam_jax.ops import parts
 from simam_jax.ops.activations import relu
 from simam_jax.ops.dispatch import lowering_for
@@ -29,13 +30,6 @@ def abstract(model, size: int):
     variables = shapes(model)
     call = partial(model.apply, train=True, features=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
     return variables, *jax.eval_shape(call, variables, x)
-
-
-# One network of each family and kind of block.
-KINDS = ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d", "mobilenet_v2", "cifar_mobilenet_v2", "cifar_resnet20")
-KINDS += ("cifar_resnet20_bottleneck", "cifar_preresnet20", "cifar_preresnet20_bottleneck", "cifar_wideresnet28x10")
-COMBINATIONS = [(name, attention) for name in KINDS for attention in ATTENTIONS]
-COMBINATIONS += [(name, "simam") for name in MODELS if name not in KINDS]
 
 
 @pytest.mark.parametrize(("name", "attention"), COMBINATIONS)

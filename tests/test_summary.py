@@ -1,4 +1,4 @@
-"""The cost of a network is traced from it, and equals what the original's README and the golden files say."""
+"""The cost of a network is traced from it, and equals what the reference implementation's README and the golden files say."""
 
 import pytest
 from golden_cases import NAMES, model_name, read_case
@@ -6,7 +6,7 @@ from golden_cases import NAMES, model_name, read_case
 from simam_jax import UserError, create_model
 from simam_jax.summary import main, summarize
 
-# The original's README: millions of parameters, billions of FLOPs at 224 x 224.
+# The reference implementation's README: millions of parameters, billions of FLOPs at 224 x 224.
 README = {
     "resnet18": (11.69, 1.82),
     "resnet34": (21.80, 3.67),
@@ -18,13 +18,13 @@ README = {
 
 
 @pytest.mark.parametrize("name", README)
-def test_readme_table(name: str):
+def test_parameters_and_flops_are_those_of_the_published_table(name: str):
     summary = summarize(create_model(name, num_classes=1000, attention="simam"))
     assert (round(summary.params / 1e6, 2), round(summary.flops / 1e9, 2)) == README[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_counts_equal_original(name: str):
+def test_counts_equal_the_golden_ones(name: str):
     case, _ = read_case(name)
     model = create_model(
         model_name(case),

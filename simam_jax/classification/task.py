@@ -71,6 +71,7 @@ def make_task(config: ConfigDict) -> Task:
         measure=partial(measure, model, config),
         evaluator=MeanEvaluator,
         describe=describe,
+        accepts=partial(_accepts, spec, config.data.match_classes),
         costs=partial(_costs, model, config, info),
         pictures=_pictures(model, config),
     )
@@ -117,7 +118,13 @@ def _initial_variables(model: Any, spec: Mapping[str, Any], config: ConfigDict, 
     fresh = models.init_variables(model, key)
     if not config.init_from:
         return fresh
-    return weights.start_from(config.init_from, model, spec, fresh, skip_head=config.init_skip_head)
+    return weights.start_from(
+        config.init_from, model, spec, fresh, skip_head=config.init_skip_head, match_classes=config.data.match_classes
+    )
+
+
+def _accepts(spec: Mapping[str, Any], match_classes: str, meta: Mapping[str, Any]) -> None:
+    weights.check_class_names(meta, spec, "the checkpoint", match_classes)
 
 
 def _train_batches(config: ConfigDict, start_step: int) -> Iterator[Batch]:

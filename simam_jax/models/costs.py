@@ -50,7 +50,7 @@ class Summary:
 
     @property
     def flops(self) -> int:
-        """As the table in the original's README counts: one per multiply-accumulate, two per value in a batch norm."""
+        """As the table in the reference implementation's README counts: one per multiply-accumulate, two per value in a batch norm."""
         return self.macs + 2 * self.bn_elements
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Summary:
         lines.append(f"{'total':<10}{'':>16}{self.params:>14,}{self.macs:>24,}")
         return "\n".join(lines) + (
             f"\n\n{self.params / 1e6:.2f} M parameters, {self.flops / 1e9:.2f} G FLOPs"
-            "\n(one per multiply-accumulate and two per value in a batch norm, as the original's README counts)"
+            "\n(one per multiply-accumulate and two per value in a batch norm, as the reference implementation counts)"
         )
 
 

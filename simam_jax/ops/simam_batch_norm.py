@@ -91,7 +91,8 @@ def _backward_once(of: Settings, residuals: Any, cotangents: Any):
     x, stats, others = residuals
     s = weights_after(cotangents[0], x, stats)
     y = (x * s).astype(x.dtype)
-    dy, *of_others = jax.vjp(partial(_after_simam, of=of), y, *others)[1](cotangents)
+    pullback: Any = jax.vjp(partial(_after_simam, of=of), y, *others)[1]
+    dy, *of_others = pullback(cotangents)
     return gradient_from_weights(dy, x, s, stats, (-2,)), *of_others
 
 

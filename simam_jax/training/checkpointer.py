@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from simam_jax import checkpoints
+from simam_jax import checkpoints, stored_arrays
 from simam_jax.checkpoints import DamagedError, Meta
 from simam_jax.errors import UserError
 from simam_jax.training.quiet import quiet_orbax
@@ -51,7 +51,7 @@ class Checkpointer:
         self._scores = {step: _stored_score(self.path(step)) for step in checkpoints.steps(self._folder)}
         self._unchecked: int | None = None  # the step whose checkpoint is being written
         self._resources = contextlib.ExitStack()
-        self._safe = self._resources.enter_context(checkpoints.plain_path(self._folder))
+        self._safe = self._resources.enter_context(stored_arrays.plain_path(self._folder))
         quiet_orbax()
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 

@@ -91,5 +91,6 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str, make_task: Callable[[C
 def _scored(run: Run, path: Path) -> tuple[Path, dict[str, Tree]]:
     """The items of the checkpoint at `path` that are scored."""
     like, held = run.task.shapes(), checkpoints.read_meta(path)["layouts"]
-    items, _ = checkpoints.read(path, {item: like for item in ITEMS.values() if item in held}, run.task.spec)
+    items, meta = checkpoints.read(path, {item: like for item in ITEMS.values() if item in held}, run.task.spec)
+    run.task.accepts(meta)
     return path, items

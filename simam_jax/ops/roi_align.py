@@ -1,0 +1,229 @@
+"""RoIAlign (He et al., "Mask R-CNN", 2017, section 3) over a feature pyramid, as two small matrix products for each roi.
+
+A bin's value is the mean over a grid of samples, as many in each direction as the bin is wide and high in places of the
+map, rounded up. Bilinear interpolation and the mean both separate, so all bins of a roi are `Wy F Wx^T`, where a row of
+Wy holds one bin's weights of the map's rows: exact for any number of samples, and with sizes that do not depend on it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from simam_jax.ops.bins import Tiles, bins
+
+
+class Form(NamedTuple):
+    """How the work is cut: `chunk` rois at a time read one window of at most `tile` rows and columns after the other."""
+
+    chunk: int
+    tile: int | None  # None: the whole map, which all rois of a chunk share
+
+
+# CPUs read no more than a roi covers. Accelerators multiply by the whole map: no gather, no scatter, no small steps.
+CPU = Form(chunk=1, tile=16)
+ACCELERATOR = Form(chunk=64, tile=None)
+
+
+@partial(jax.jit, static_argnames=("size", "stride", "form"))
+def roi_align(
+    maps: Sequence[jax.Array],
+    extents: jax.Array,
+    rois: jax.Array,
+    levels: jax.Array,
+    valid: jax.Array,
+    *,
+    size: int,
+    stride: int = 4,
+    form: Form | None = None,
+) -> jax.Array:
+    """The features of rois, each from one level of the pyramid; differentiable in the maps.
+
+    Unlike the other operations it takes a batch of images, because under vmap the gradient's running sum over rois
+    would be copied at every step.
+
+    Args:
+        maps: the levels, finest first, each (N, H, W, C) floating, with half the resolution of the one before.
+        extents: (N, 2) int32, the height and width in pixels of what is no padding to a batch's size: the map ends there,
+            and samples next to its end take the last place's value.
+        rois: (N, R, 4) float32 x1, y1, x2, y2 in pixels of the network's input. Empty ones get zeros.
+        levels: (N, R) int32, indices into `maps`.
+        valid: (N, R) bool: False for padding, which gets zeros.
+        size: bins in each direction: 7 for boxes, 14 for masks.
+        stride: pixels per place of the finest map.
+        form: how the work is cut; None for this platform's own.
+
+    Returns:
+        (N, R, size, size, C) of the maps' dtype; sums are float32.
+    """
+    of = _Rois(*(lax.stop_gradient(jnp.asarray(x)) for x in (extents, rois, levels, valid)))
+    return _roi_align(tuple(jnp.asarray(x) for x in maps), of, size, stride, form)
+
+
+class _Rois(NamedTuple):
+    extents: jax.Array
+    boxes: jax.Array
+    levels: jax.Array
+    valid: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _roi_align(maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int, form: Form | None) -> jax.Array:
+    return _in_form(_value, form, size, stride, maps, rois)
+
+
+def _roi_align_forward(
+    maps: tuple[jax.Array, ...], rois: _Rois, size: int, stride: int, form: Form | None
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], _Rois]]:
+    # Empty arrays carry the maps' shapes and dtype: the gradient does not depend on the maps.
+    shapes = tuple(jnp.zeros((*x.shape[:-1], 0), x.dtype) for x in maps)
+    return _roi_align(maps, rois, size, stride, form), (shapes, rois)
+
+
+def _roi_align_backward(
+    size: int, stride: int, form: Form | None, residuals: tuple[tuple[jax.Array, ...], _Rois], dy: jax.Array
+) -> tuple[tuple[jax.Array, ...], None]:
+    return _in_form(_gradient, form, size, stride, *residuals, dy), None
+
+
+_roi_align.defvjp(_roi_align_forward, _roi_align_backward)
+
+
+def _in_form(f: Callable[..., Any], form: Form | None, size: int, stride: int, *inputs: Any) -> Any:
+    if form is not None:
+        return f(form, size, stride, *inputs)
+    return lax.platform_dependent(
+        *inputs, cpu=partial(f, CPU, size, stride), default=partial(f, ACCELERATOR, size, stride)
+    )
+
+
+def _value(
+    form: Form,
+    size: int,
+    stride: int,
+    maps: tuple[jax.Array, ...],
+    rois: _Rois,
+) -> jax.Array:
+    groups = _Groups(form, rois, len(maps))
+    channels = maps[0].shape[-1]
+    out = jnp.zeros((groups.padded, size, size, channels), jnp.float32)
+    for level, x in enumerate(maps):
+
+        def add(out: jax.Array, image: jax.Array, start: jax.Array, window: "_Window", x: jax.Array = x) -> jax.Array:
+            features = lax.dynamic_slice(x, (image, *window.corner, 0), (1, *window.shape, channels))[0]
+            columns = _bins_of_columns(window.x, features.astype(jnp.float32))
+            values = jnp.einsum("kph,khqc->kpqc", window.y, columns, precision="highest")
+            before = lax.dynamic_slice_in_dim(out, start, form.chunk)
+            return lax.dynamic_update_slice_in_dim(out, before + values, start, axis=0)
+
+        out = groups.fold(level, (x.shape[1], x.shape[2]), size, stride, add, out)
+    return groups.restore(out).astype(maps[0].dtype)
+
+
+def _gradient(
+    form: Form,
+    size: int,
+    stride: int,
+    maps: tuple[jax.Array, ...],
+    rois: _Rois,
+    dy: jax.Array,
+) -> tuple[jax.Array, ...]:
+    groups = _Groups(form, rois, len(maps))
+    channels = dy.shape[-1]
+    dy = groups.sort(dy)
+    gradients = []
+    for level, x in enumerate(maps):
+
+        def add(dx: jax.Array, image: jax.Array, start: jax.Array, window: "_Window") -> jax.Array:
+            own = lax.dynamic_slice_in_dim(dy, start, form.chunk).astype(jnp.float32)
+            # For every row of bins a product without a transposition.
+            transposed = jnp.broadcast_to(window.x.mT[:, None], (form.chunk, size, window.shape[1], size))
+            rows = jnp.matmul(transposed, own, precision="highest")
+            values = jnp.einsum("kph,kpwc->hwc", window.y, rows, precision="highest")
+            at = (image, *window.corner, 0)
+            before = lax.dynamic_slice(dx, at, (1, *window.shape, channels))
+            return lax.dynamic_update_slice(dx, before + values, at)
+
+        dx = jnp.zeros((*x.shape[:3], channels), jnp.float32)
+        gradients.append(groups.fold(level, (x.shape[1], x.shape[2]), size, stride, add, dx).astype(x.dtype))
+    return tuple(gradients)
+
+
+def _bins_of_columns(x: jax.Array, features: jax.Array) -> jax.Array:
+    """(chunk, H, bins, C) from weights (chunk, bins, W) and features (H, W, C)."""
+    if x.shape[0] > 1:
+        return jnp.einsum("kqw,hwc->khqc", x, features, precision="highest")
+    # One product for every row: for a single one, XLA for CPUs would transpose the features.
+    rows = jnp.broadcast_to(x, (features.shape[0], *x.shape[1:]))
+    return jnp.matmul(rows, features, precision="highest")[None]
+
+
+class _Window(NamedTuple):
+    corner: tuple[jax.Array, jax.Array]  # of the window in the map: row, column
+    shape: tuple[int, int]
+    y: jax.Array  # (chunk, bins, rows)
+    x: jax.Array  # (chunk, bins, columns)
+
+
+class _Groups:
+    """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map."""
+
+    def __init__(self, form: Form, rois: _Rois, num_levels: int) -> None:
+        self.form, self.extents = form, rois.extents
+        self.images, self.rois_per_image = rois.valid.shape
+        image = jnp.arange(self.images)[:, None]
+        group = jnp.where(rois.valid, rois.levels * self.images + image, num_levels * self.images).reshape(-1)
+        self.order = jnp.argsort(group, stable=True)
+        # The first roi of each group, and the end of the last.
+        self.starts = (group < jnp.arange(num_levels * self.images + 1)[:, None]).sum(1, dtype=jnp.int32)
+        self.padded = group.shape[0] + form.chunk
+        self.boxes = self.sort(rois.boxes)
+
+    def sort(self, x: jax.Array) -> jax.Array:
+        """(N, R, ...) in the sorted order, (N * R + chunk, ...)."""
+        x = x.reshape(-1, *x.shape[2:])[self.order]
+        return jnp.pad(x, [(0, self.form.chunk)] + [(0, 0)] * (x.ndim - 1))
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The inverse of `sort`."""
+        return x[jnp.argsort(self.order)].reshape(self.images, self.rois_per_image, *x.shape[1:])
+
+    def fold(
+        self,
+        level: int,
+        shape: tuple[int, int],
+        size: int,
+        stride: int,
+        add: Callable[..., jax.Array],
+        state: jax.Array,
+    ) -> jax.Array:
+        """add(state, image, first roi, window) over all windows of all rois of a level."""
+        chunk, places = self.form.chunk, stride * 2**level
+        tile = min(self.form.tile or shape[0], shape[0]), min(self.form.tile or shape[1], shape[1])
+
+        def of_image(image: jax.Array, state: jax.Array) -> jax.Array:
+            extent = -(-self.extents[image] // places)
+            first, end = self.starts[level * self.images + image], self.starts[level * self.images + image + 1]
+
+            def of_chunk(i: jax.Array, state: jax.Array) -> jax.Array:
+                start = first + i * chunk
+                x1, y1, x2, y2 = lax.dynamic_slice_in_dim(self.boxes, start, chunk).T
+                real = start + jnp.arange(chunk) < end
+                edges = bins(y1, y2, size, 1 / places), bins(x1, x2, size, 1 / places)
+                rows, columns = (
+                    Tiles(of._replace(samples=jnp.where(real, of.samples, 0)), size, extent[i], shape[i], tile[i])
+                    for i, of in enumerate(edges)
+                )
+
+                def of_tile(j: jax.Array, state: jax.Array) -> jax.Array:
+                    (y, wy), (x, wx) = rows.at(j // columns.count), columns.at(j % columns.count)
+                    return add(state, image, start, _Window((y, x), tile, wy, wx))
+
+                return lax.fori_loop(0, rows.count * columns.count, of_tile, state)
+
+            return lax.fori_loop(0, -(-(end - first) // chunk), of_chunk, state)
+
+        return lax.fori_loop(0, self.images, of_image, state)

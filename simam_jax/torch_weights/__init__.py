@@ -1,0 +1,1 @@
+"""Files of PyTorch weights: names and layouts, reading and writing."""
