@@ -9,7 +9,6 @@ the items and of itself. This file knows no model and no task.
 import contextlib
 import json
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,13 +18,14 @@ import jax
 import numpy as np
 from absl import logging
 
+from simam_jax import stored_arrays
 from simam_jax.errors import UserError
+from simam_jax.fingerprints import checksum, differences, layout, layout_number
 from simam_jax.task import Tree
 
 FOLDER = "checkpoints"
 WAY_OUT = "Take another --workdir (with --config.init_from to start from these weights)."
 Meta = dict[str, Any]
-Layout = dict[str, str]  # of a tree: name of a leaf -> shape and dtype
 T = TypeVar("T")
 
 
@@ -37,34 +37,7 @@ class DamagedError(UserError):
         self.reason = reason
 
 
-# ---- fingerprints
-
-
-def checksum(tree: Tree) -> int:
-    """CRC-32 of all leaves' bytes in the tree's order; the same on any number of devices."""
-    crc = 0
-    for leaf in jax.tree.leaves(jax.device_get(tree)):
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-    return crc
-
-
-def layout(tree: Tree) -> Layout:
-    """The names of the leaves with their shapes and types: trees that differ in it cannot be exchanged."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): _form(leaf) for path, leaf in leaves}
-
-
-def _form(leaf: Any) -> str:
-    return f"{leaf.shape} {leaf.dtype}"
-
-
-def differences(found: Layout, wanted: Layout) -> str:
-    """Which leaves two layouts differ in, the first eight of them."""
-    lines = [f"missing {name}" for name in sorted(set(wanted) - set(found))]
-    lines += [f"unexpected {name}" for name in sorted(set(found) - set(wanted))]
-    both = sorted(set(found) & set(wanted))
-    lines += [f"{name} is {found[name]} and not {wanted[name]}" for name in both if found[name] != wanted[name]]
-    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+# ---- meta data
 
 
 def sealed(meta: Mapping[str, Any], items: Mapping[str, Tree]) -> Meta:
@@ -208,7 +181,8 @@ def read(path: Path, like: Mapping[str, Tree], spec: Mapping[str, Any] | None = 
     _check_layouts(path, meta, like)
     items = {}
     for name, item in like.items():
-        arrays = _read_arrays(path, name, list(layout(item)))
+        with _damage(path, name):
+            arrays = stored_arrays.read(path / name, list(layout(item)))
         if checksum(arrays) != meta["checksums"].get(name):
             raise DamagedError(path, f"the checksum of its {name} differs")
         leaves, tree = jax.tree.flatten(item)
@@ -216,32 +190,15 @@ def read(path: Path, like: Mapping[str, Tree], spec: Mapping[str, Any] | None = 
     return items, meta
 
 
-def _read_arrays(path: Path, item: str, names: list[str]) -> list[np.ndarray]:
-    """The leaves of an item, by TensorStore alone: Orbax answers a damaged file with a traceback for each array."""
-    import tensorstore
-
-    with _store(path, item) as store:
-        keys = store.list().result()
-        driver = "zarr3" if any(key.endswith(b"/zarr.json") for key in keys) else "zarr"
-        places = [store.spec().to_json() | {"path": f"{name.replace('/', '.')}/"} for name in names]
-        opening = [tensorstore.open({"driver": driver, "kvstore": place}, open=True, read=True) for place in places]
-        reading = [each.result().read() for each in opening]
-        return [each.result() for each in reading]
-
-
 @contextlib.contextmanager
-def _store(path: Path, item: str) -> Iterator[Any]:
-    """What holds the arrays of an item by their names; an error of the body is turned into ours."""
-    import tensorstore
-
-    with plain_path(path) as safe:
-        try:
-            base = {"driver": "file", "path": f"{safe / item}/"}
-            yield tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        except Exception as error:  # of several kinds
-            if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
-                raise UserError(f"The checkpoint {path} cannot be read here: {first_line(error)}.") from error
-            raise DamagedError(path, f"its {item} cannot be read: {first_line(error)}") from error
+def _damage(path: Path, item: str) -> Iterator[None]:
+    """Turns what TensorStore raises for an item into `DamagedError`, or `UserError` where the files are not to blame."""
+    try:
+        yield
+    except Exception as error:  # of several kinds
+        if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
+            raise UserError(f"The checkpoint {path} cannot be read here: {first_line(error)}.") from error
+        raise DamagedError(path, f"its {item} cannot be read: {first_line(error)}") from error
 
 
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
@@ -267,17 +224,11 @@ def _check_layouts(path: Path, meta: Meta, like: Mapping[str, Tree]) -> None:
             raise UserError(f"The checkpoint {path} holds no {name!r}, only {sorted(meta['layouts'])}. {WAY_OUT}")
         held, wanted = meta["layouts"][name], layout(item)
         if isinstance(held, int):  # older checkpoints have a number in place of the names
-            same, which = held == _layout_number(item), "other names or shapes (another optimizer, another EMA?)"
+            same, which = held == layout_number(item), "other names or shapes (another optimizer, another EMA?)"
         else:
             same, which = held == wanted, differences(held, wanted)
         if not same:
             raise UserError(f"The {name!r} in the checkpoint {path} does not fit this config: {which}. {WAY_OUT}")
-
-
-def _layout_number(tree: Tree) -> int:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    text = [f"{jax.tree_util.keystr(path)} {_form(leaf)}" for path, leaf in leaves]
-    return zlib.crc32("\n".join(text).encode())
 
 
 # ---- writing
@@ -302,7 +253,7 @@ def write_weights(workdir: str | Path, spec: Mapping[str, Any], variables: Tree,
         raise UserError(f"{target} has checkpoints already: nothing was written. Name another folder.")
     target.mkdir(parents=True, exist_ok=True)
     items = {"variables": variables}
-    with plain_path(target) as safe, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with stored_arrays.plain_path(target) as safe, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(safe / "0", arguments({"step": 0, **spec, **meta}, items))
     check_complete(target / "0")
 
@@ -322,30 +273,15 @@ def check_complete(path: Path) -> None:
     """
     check_name(path)
     for item, leaves in _read_meta(path)["layouts"].items():
-        with _store(path, item) as store:
-            names = store.list().result()
-        found = sum(name.endswith((b"/.zarray", b"/zarr.json")) for name in names)
+        with _damage(path, item):
+            found = stored_arrays.count(path / item)
         if found < len(leaves):
             raise DamagedError(path, f"its {item} has {found} of {len(leaves)} arrays")
 
 
-@contextlib.contextmanager
-def plain_path(path: Path) -> Iterator[Path]:
-    """A path to the folder `path` in which no character means anything: a link, where its own path is not so.
-
-    Orbax and TensorStore take `[`, `*`, `?` and a backslash for patterns and `gs:/` for an address: what is written below
-    a folder `lr[0.1]` would be incomplete.
-    """
-    if re.fullmatch(r"[\w/.,=+@-]{1,1000}", str(path), re.ASCII):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="simam_jax-") as temporary:
-        link = Path(temporary) / "checkpoint"
-        link.symlink_to(path, target_is_directory=True)
-        yield link
-
-
 def first_line(error: BaseException) -> str:
     """The error in one short line."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:200]}".rstrip(". ")
+    text = next(iter(str(error).strip().splitlines()), "").partition(" [source locations=")[0]
+    if len(text) > 250:  # TensorStore gives the place first and the reason last
+        text = f"{text[:120]} ... {text[-120:]}"
+    return f"{type(error).__name__}: {text}".rstrip(". ")

@@ -29,7 +29,16 @@ class Run:
     """A `python train.py` of the digits recipe, made small; its output is read as it comes."""
 
     def __init__(
-        self, workdir: Path, cache: Path, *, program="train.py", mode="train", devices=1, size_limit=0, **changes
+        self,
+        workdir: Path,
+        cache: Path,
+        *,
+        program="train.py",
+        mode="train",
+        devices=1,
+        size_limit=0,
+        terminal=None,
+        **changes,
     ):
         settings = (
             SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
@@ -44,8 +53,9 @@ class Run:
             str(workdir),
         ]
         limit = ["bash", "-c", f'ulimit -f {size_limit}; exec "$@"', "limited"] if size_limit else []
+        in_terminal = [] if terminal is None else ["setsid", "--ctty"]  # util-linux: the terminal is then its own
         self.process = subprocess.Popen(
-            [*limit, *command, "--mode", mode, *flags],
+            [*in_terminal, *limit, *command, "--mode", mode, *flags],
             cwd=ROOT,
             env=os.environ
             | {
@@ -54,7 +64,8 @@ class Run:
                 "PYTHONUNBUFFERED": "1",
                 "PYTHONPATH": str(ROOT),
             },
-            stdout=subprocess.PIPE,
+            stdin=terminal,
+            stdout=terminal or subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )

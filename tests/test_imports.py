@@ -12,7 +12,7 @@ LAYERS = (
     ("errors", "initializers"),
     ("progress", "task"),
     ("ops",),
-    ("layers", "preprocessing"),
+    ("layers", "preprocessing", "stored_arrays", "fingerprints"),
     ("attention",),
     ("models", "checkpoints"),
     ("torch_weights",),

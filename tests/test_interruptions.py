@@ -1,15 +1,20 @@
 """What interrupts a run costs nothing: the parameters in the end are those of a run that was left alone, bit by bit."""
 
+import os
+import pty
 import random
+import re
 import signal
+import socket
 import time
 
 import jax
 import numpy as np
 import pytest
-from processes import Run, losses
+from processes import Run, losses, wait_for
 
 import simam_jax
+from simam_jax import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +24,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
-    """The workdir of a run that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("undisturbed")
+    """The workdir of a run that nothing interrupted. Its name has characters that mean something to libraries."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "lr[0.1] of a*b" / "run"
     run = Run(workdir, cache)
     assert run.end() == 0, run.output
     return workdir
@@ -64,9 +69,52 @@ def test_a_request_to_stop_saves_and_exits_in_good_order(number, tmp_path, cache
     assert_equal_bit_by_bit(tmp_path, undisturbed)
 
 
+def test_a_second_run_in_the_workdir_is_refused_and_the_first_goes_on(tmp_path, cache, undisturbed):  # noqa: ARG001
+    first = Run(tmp_path, cache, num_steps=100_000)
+    first.until("step 5/")
+    second = Run(tmp_path, cache)
+    assert second.end() == 2
+    (message,) = [line for line in second.output.splitlines() if line.startswith("error: ")]
+    assert f"is in use by process {first.process.pid} on {socket.gethostname()}" in message
+    first.kill(signal.SIGTERM)
+    assert first.end() == 0, first.output
+    saved = int(re.search("Stopped on request after update ([0-9]+)", first.output)[1])
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoints" / str(saved)
+    assert max(losses(tmp_path)) == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_stop_while_compiling_ends_in_good_order(number, tmp_path, cache, undisturbed):
+    run = Run(tmp_path, cache, compilation_cache_dir="")
+    run.until("30 updates of 48 images")
+    time.sleep(2)  # what follows takes ten
+    run.kill(number)
+    assert run.end() == 0, run.output
+    assert "Stopped on request" in run.output
+    assert "Traceback" not in run.output
+    again = Run(tmp_path, cache)
+    assert again.end() == 0, again.output
+    assert_equal_bit_by_bit(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_stops_the_run_and_it_saves(tmp_path, cache, undisturbed):  # noqa: ARG001
+    master, slave = pty.openpty()
+    run = Run(tmp_path, cache, num_steps=100_000, terminal=slave)
+    wait_for(lambda: checkpoints.newest_step(tmp_path / "checkpoints"), seconds=200)
+    os.close(slave)
+    os.close(master)
+    assert run.process.wait(timeout=100) == 0
+    assert "Stopped on request" in (tmp_path / "train.log").read_text().splitlines()[-1]
+    assert checkpoints.newest_step(tmp_path / "checkpoints") == max(losses(tmp_path))
+
+
 def test_a_full_disk_stops_the_run_at_once_and_says_so(tmp_path, cache, undisturbed):  # noqa: ARG001
     run = Run(tmp_path, cache, size_limit=200)  # no file may pass 200 KiB; the checkpoint needs about 1 MiB
     assert run.end() == 2
+    assert "Traceback" not in run.output
+    assert len(run.output.splitlines()) < 25, run.output
     (message,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
     assert "could not be written" in message
     assert message.endswith("Make room, then start the same command again.")
@@ -79,6 +127,8 @@ def test_the_digits_run_leaves_what_its_users_look_for(tmp_path, cache, undistur
     lines = (undisturbed / "train.log").read_text().splitlines()
     assert "Finished. eval top-1" in lines[-1]
     assert lines[-1].endswith(f"Checkpoint: {undisturbed}/checkpoints/30")
+    assert checkpoints.newest(undisturbed) == undisturbed / "checkpoints" / "30"
+    assert not (undisturbed / "lock").exists()
     for word in ("step 15/30", "epoch", "loss", "top-1", "images/s", "data wait", "ETA"):
         assert any(word in line for line in lines)
 

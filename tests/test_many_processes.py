@@ -40,11 +40,11 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, cache):
     small = {"num_steps": 6, "model.bn_group_size": 24, "schedule.learning_rate": 0.01, "visualize_every_epochs": 0.1}
     single = Run(tmp_path / "single", cache, devices=4, **small)
     assert single.end() == 0, single.output
-    pair = start_two(tmp_path / "pair", cache, **small)
+    pair = start_two(tmp_path / "pair[2]", cache, **small)
     for run in pair:
         assert run.end() == 0, run.output
-    assert list(pictures(tmp_path / "pair", "attention")) == [3, 6]
-    one, two = losses(tmp_path / "single"), losses(tmp_path / "pair")
+    assert list(pictures(tmp_path / "pair[2]", "attention")) == [3, 6]
+    one, two = losses(tmp_path / "single"), losses(tmp_path / "pair[2]")
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
     # float32: the order in which gradients are added differs
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)

@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from simam_jax import checkpoints
+from simam_jax import checkpoints, stored_arrays
 from simam_jax.checkpoints import DamagedError, Meta
 from simam_jax.errors import UserError
+from simam_jax.training.quiet import quiet_orbax
 from simam_jax.training.state import TrainState, Tree
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not completed
@@ -46,14 +47,19 @@ class Checkpointer:
         self._keep_last, self._keep_best = max(keep_last, 1), keep_best
         self._first = jax.process_index() == 0  # the one that moves and removes
         self._folder.mkdir(parents=True, exist_ok=True)
-        if self._first:
-            for left_over in self._folder.glob(f"*{TEMPORARY}*"):
-                shutil.rmtree(left_over, ignore_errors=True)
+        self._clear()
         self._scores = {step: _stored_score(self.path(step)) for step in checkpoints.steps(self._folder)}
         self._unchecked: int | None = None  # the step whose checkpoint is being written
         self._resources = contextlib.ExitStack()
-        self._safe = self._resources.enter_context(checkpoints.plain_path(self._folder))
+        self._safe = self._resources.enter_context(stored_arrays.plain_path(self._folder))
+        quiet_orbax()
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def _clear(self) -> None:
+        """Removes what was begun and not completed."""
+        if self._first:
+            for left_over in self._folder.glob(f"*{TEMPORARY}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
 
     def path(self, step: int) -> Path:
         """The folder of that step's checkpoint."""
@@ -127,6 +133,7 @@ class Checkpointer:
             step, self._unchecked = self._unchecked, None
             if isinstance(error, DamagedError) and step is not None and self.path(step).exists():
                 self.path(step).rename(self._aside(step))
+            self._clear()
             raise UserError(
                 f"A checkpoint could not be written, so the run has stopped: {reason}. {self._way_out()}"
             ) from error

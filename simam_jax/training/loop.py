@@ -99,6 +99,11 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress, shou
         contextlib.closing(distributed.Watchdog(config.max_step_seconds)) as watchdog,
         contextlib.closing(metrics.MetricWriter(folder, plain(config))) as writer,
     ):
+        if should_stop(first):
+            progress.say(
+                "Stopped on request before the first update of this start. The same command goes on from there."
+            )
+            return
         for step in range(first + 1, num_steps + 1):
             meter.resume()
             profiler.before(step)

@@ -17,6 +17,7 @@ from simam_jax import checkpoints
 from simam_jax.errors import UserError
 
 LOG, METRICS, LOCK = "train.log", "metrics.jsonl", "lock"
+LONGEST_NAME = "x" * 100  # of a file that a run writes, TensorBoard's
 
 
 def writable(workdir: str | Path) -> Path:
@@ -30,6 +31,8 @@ def writable(workdir: str | Path) -> Path:
     path = Path(workdir).expanduser().absolute()
     try:
         str(path).encode()  # TensorBoard's files and the log need a name that is UTF-8
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (path / checkpoints.FOLDER / LONGEST_NAME).lstat()  # the system limits the length of a path
         path.mkdir(parents=True, exist_ok=True)
         for name in (".", checkpoints.FOLDER):
             if os.path.lexists(path / name):
@@ -39,7 +42,7 @@ def writable(workdir: str | Path) -> Path:
             if os.path.lexists(path / name):
                 with (path / name).open("ab"):
                     pass
-    except (OSError, UnicodeEncodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--workdir={str(workdir)!r} cannot be used: {error}. Name another folder, or move away what is there."
         ) from error
