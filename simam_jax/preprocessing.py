@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simam_jax.errors import UserError
+from simam_jax.errors import UserError, naming_extras
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +53,8 @@ class Preprocessing:
         Raises:
             UserError: no readable image; the message names it.
         """
-        from PIL import Image
+        with naming_extras():
+            from PIL import Image
 
         if isinstance(image, str | os.PathLike):
             name, source = str(image), Path(image).expanduser()

@@ -88,7 +88,12 @@ def test_every_public_name_is_there():
 
 
 def test_a_package_that_is_missing_is_an_error_that_names_the_extra():
-    code = "import sys; sys.modules['PIL'] = None; import simam_jax; simam_jax.Predictor"
+    code = """if True:
+        import sys
+        sys.modules["PIL"] = None
+        from simam_jax.preprocessing import IMAGENET
+        IMAGENET("image.png")
+    """
     result = run("-c", code)
     assert "simam_jax.errors.UserError: This needs" in result.stderr
     assert "pip install 'simam-jax[predict]'" in result.stderr

@@ -13,7 +13,7 @@ from simam_jax import UserError, convert, create_model, load_torch
 from simam_jax.models import variable_shapes
 from simam_jax.torch_weights.files import read_state, write_state
 from simam_jax.torch_weights.names import State, to_torch
-from simam_jax.weights import from_torch
+from simam_jax.torch_weights.variables import from_torch
 
 torch = pytest.importorskip("torch")
 

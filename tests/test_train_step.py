@@ -142,7 +142,7 @@ def test_the_losses_of_the_original_s_updates(mesh_of):
     """SGD on the golden case, through the real update: normalisation set to leave the golden images as they are."""
     from golden_cases import golden_images, golden_state, read_case
 
-    from simam_jax.weights import from_torch
+    from simam_jax.torch_weights.variables import from_torch
 
     case, _ = read_case("cifar-resnet20-basic-simam-0.0001")
     config = settings(

@@ -19,7 +19,8 @@ from simam_jax import Predictor, UserError, convert, load_torch
 from simam_jax.models import variable_shapes
 from simam_jax.torch_weights.files import read_state, write_state
 from simam_jax.torch_weights.names import to_torch
-from simam_jax.weights import check_class_names, from_torch, start_from
+from simam_jax.torch_weights.variables import from_torch
+from simam_jax.weights import check_class_names, start_from
 
 torch = pytest.importorskip("torch")
 

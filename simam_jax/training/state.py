@@ -43,12 +43,10 @@ def create_state(
 ) -> TrainState:
     """The state before the first update; `ema` starts the average at the initial variables."""
     trained, _ = partition(variables["params"], trainable)
-    # One program, barely optimised: on CPUs one for each array would take a second.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=jax.jit(optimizer.init, compiler_options=options)(trained),
+        opt_state=jax.jit(optimizer.init)(trained),
         ema=jax.tree.map(jnp.copy, variables) if ema else None,  # a copy, because the update donates both
         key=jax.random.key_data(jax.random.key(seed)),
     )
