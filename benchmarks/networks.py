@@ -13,6 +13,7 @@ from benchmarks.measure import Run
 from configs import base
 from simam_jax import models
 from simam_jax.classification import task
+from simam_jax.ops.parts import apply_in_parts
 from simam_jax.task import AXIS
 from simam_jax.training import optimizer, state
 from simam_jax.training import step as steps
@@ -71,7 +72,8 @@ def our_inference(name: str, attention: str, count: int, size: int) -> Run:
     model = simam_jax.create_model(name, num_classes=1000, attention=attention)
     variables = models.init_variables(model, jax.random.key(0))
     images = jax.device_put(batch_of(count, size)["image"].astype(np.float32) / 255)
-    apply = jax.jit(model.apply)
+    # As the Predictor and evaluations apply it.
+    apply = jax.jit(lambda variables, images: apply_in_parts(partial(model.apply, variables), images))
     return lambda: jax.block_until_ready(apply(variables, images))
 
 

@@ -11,6 +11,9 @@ TITLES = {
     "memory": ("Memory of a training step beside its state", "python -m benchmarks.memory"),
     "traffic": ("Memory moved on an H100, counted in the compiled program", "python -m benchmarks.traffic"),
     "predictor": ("`Predictor` from files over the bare network", "python -m benchmarks.predictor"),
+    "lowerings_operations": ("Our forms of operations over XLA's", "python -m benchmarks.lowerings operations"),
+    "lowerings_networks": ("A training step with a form replaced", "python -m benchmarks.lowerings networks"),
+    "detection_ops": ("Detection's operations over torchvision's", "python -m benchmarks.detection_ops"),
     "startup": ("From the command to the first update", "python -m benchmarks.startup"),
 }
 

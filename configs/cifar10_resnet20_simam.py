@@ -1,10 +1,10 @@
-"""SimAM-ResNet-20 on CIFAR-10, as the original trains it; the other CIFAR networks by argument.
+"""SimAM-ResNet-20 on CIFAR-10, as the reference implementation trains it; the other CIFAR networks by argument.
 
     python train.py --config configs/cifar10_resnet20_simam.py --workdir DIR
     python train.py --config configs/cifar10_resnet20_simam.py:model=cifar_preresnet56,attention=none --workdir DIR
 
-The recipe is the original's: one GPU, batch 128, so that batch norm sees all 128 images. Its README publishes
-no accuracies for CIFAR. For networks of 110 layers and more the original warms up with a rate of 0.01 in the
+The recipe is that one's: one GPU, batch 128, so that batch norm sees all 128 images. Its README publishes
+no accuracies for CIFAR. For networks of 110 layers and more it warms up with a rate of 0.01 in the
 first epoch: `--config.schedule.warmup_epochs=1`. The data: `python -m simam_jax.data.prepare cifar10`.
 """
 

@@ -3,7 +3,7 @@
     python train.py --config configs/resnet34_simam.py --workdir DIR
     python train.py --config configs/resnet34_simam.py:attention=none --workdir DIR    (the baseline; or se, cbam)
 
-Published: top-1 74.49 %, top-5 92.02 % (the original's README). The recipe is the original's: batch 256 on four
+Published: top-1 74.49 %, top-5 92.02 % (the reference implementation's README). The recipe is that one's: batch 256 on four
 GPUs, so that batch norm sees 64 images at a time. It assumes one or more GPUs or TPUs whose number divides 256,
 and `imagenet2012` prepared (`python -m simam_jax.data.prepare`), or `--config.data.source=folder
 --config.data.data_dir=TREE --config.data.eval_split=val`.

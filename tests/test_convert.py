@@ -33,7 +33,7 @@ def assert_equal(tree: dict, other: dict):
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """A small network of the original, with SE."""
+    """A small network of the reference implementation, with SE."""
     return to_torch(random_variables("cifar_resnet20", "se", 10), "cifar_resnet20", attention="se")
 
 
@@ -53,7 +53,7 @@ def test_round_trip_is_bit_identical(name: str, attention: str):
 
 @pytest.mark.parametrize(
     ("name", "attention", "key", "shape"),
-    # How the original wraps its attention; for simam and the ImageNet ResNets the golden files say it.
+    # How the reference implementation wraps its attention; for simam and the ImageNet ResNets the golden files say it.
     [
         ("mobilenet_v2", "se", "features.1.conv.3.fc.0.weight", (1, 16)),
         ("mobilenet_v2", "cbam", "features.2.conv.4.SpatialGate.spatial.bn.running_mean", (1,)),
@@ -66,7 +66,7 @@ def test_round_trip_is_bit_identical(name: str, attention: str):
         ("cifar_wideresnet28x10", "se", "block1.layer.0.conv2.1.fc.0.weight", (10, 160)),
     ],
 )
-def test_names_of_the_original(name: str, attention: str, key: str, shape: tuple[int, ...]):
+def test_names_of_the_reference_implementation(name: str, attention: str, key: str, shape: tuple[int, ...]):
     assert to_torch(random_variables(name, attention), name, attention=attention)[key].shape == shape
 
 
@@ -82,7 +82,7 @@ def test_every_format_round_trips(state: State, tmp_path, ending: str):
         np.testing.assert_array_equal(found[key], state[key])
 
 
-def test_both_forms_of_the_original(state: State, tmp_path, caplog: pytest.LogCaptureFixture):
+def test_both_forms_of_its_files(state: State, tmp_path, caplog: pytest.LogCaptureFixture):
     training = {"epoch": 3, "arch": "x", "best_acc": torch.tensor(71.0), "optimizer": {"state": {}, "param_groups": []}}
     scores = {"best_acc": np.float64(71.0), "losses": [np.float32(0.5), np.int64(2)]}
     torch.save({"state_dict": in_torch(state)} | scores, tmp_path / "scores.pth.tar")

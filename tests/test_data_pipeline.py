@@ -60,7 +60,7 @@ def digest(batches):
     return hashlib.sha256(b"".join(batch[name].tobytes() for batch in batches for name in sorted(batch))).hexdigest()
 
 
-def original(tree):
+def undrawn(tree):
     """What each training image looks like when nothing is drawn, to find it again in a batch."""
     config = data_config(tree, augmentation="none", flip=False, image_size=8, eval_resize=0)
     return config, lambda batches: [image.tobytes() for batch in batches for image in batch["image"]]
@@ -74,7 +74,7 @@ def test_batches_have_the_promised_form(tree):
 
 
 def test_every_epoch_shows_every_example_once_in_another_order_and_drops_none(tree):
-    config, names = original(tree)
+    config, names = undrawn(tree)
     flat = names(take(train(config), NUM_IMAGES))  # 23 batches of 5: five epochs, borders inside batches
     epochs = [flat[e * NUM_IMAGES : (e + 1) * NUM_IMAGES] for e in range(5)]
     assert all(len(set(epoch)) == NUM_IMAGES for epoch in epochs)
@@ -82,7 +82,7 @@ def test_every_epoch_shows_every_example_once_in_another_order_and_drops_none(tr
 
 
 def test_the_order_does_not_depend_on_the_batch_size(tree):
-    config, names = original(tree)
+    config, names = undrawn(tree)
     by_five, by_seven = (names(take(train(config, batch=n), 35 // n)) for n in (5, 7))
     assert by_five == by_seven
 
@@ -110,7 +110,7 @@ def test_resume_is_bit_identical(tree):
 
 def test_resume_does_not_touch_what_was_skipped(tree, tmp_path):
     """All files of the skipped part are destroyed: a stream that decoded any of them would fail (the limit is 0)."""
-    config, names = original(tree)
+    config, names = undrawn(tree)
     first_epoch = take(train(config, batch=1), NUM_IMAGES)
     skipped = set(names(first_epoch[:20]))
     broken = tmp_path / "broken"
@@ -166,7 +166,7 @@ def test_two_hosts_share_the_stream_of_one(tree):
 
 @pytest.mark.parametrize(("batch", "process_count"), [(4, 1), (22, 2), (46, 2), (64, 1)])
 def test_evaluation_sees_every_example_once(tree, batch, process_count):
-    config, names = original(tree)
+    config, names = undrawn(tree)
     hosts = [
         list(eval_batches(config, global_batch_size=batch, process_index=h, process_count=process_count))
         for h in range(process_count)
@@ -196,7 +196,7 @@ def damaged(tree, tmp_path):
 
 def test_unreadable_files_are_named_and_replaced_the_same_way_every_time(damaged, caplog):
     root, short, text = damaged
-    config, names = original(root)
+    config, names = undrawn(root)
     with config.unlocked():
         config.max_unreadable = 0.1
     with caplog.at_level("WARNING"):

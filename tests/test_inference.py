@@ -154,7 +154,7 @@ def test_arrays_that_are_no_images_are_errors(predictor, array, message):
         predictor(array)
 
 
-def test_files_of_the_original_need_a_name_and_take_its_preprocessing(predictor, tmp_path):
+def test_files_of_pytorch_need_a_name_and_take_its_preprocessing(predictor, tmp_path):
     state = simam_jax.convert.to_torch(predictor.variables, "cifar_resnet20")
     simam_jax.convert.write_state(state, tmp_path / "weights.npz")
     with pytest.raises(simam_jax.UserError, match="give its name"):

@@ -124,12 +124,12 @@ def test_weights_that_do_not_fit_are_listed(trained):
         initial_state(build(small(init_from=str(trained), **{"model.name": "cifar_resnet32"}), make_task))
 
 
-def test_fine_tuning_starts_from_a_file_of_the_original(tmp_path, trained):
+def test_fine_tuning_starts_from_a_file_of_pytorch(tmp_path, trained):
     from simam_jax.torch_weights.files import write_state
     from simam_jax.torch_weights.names import to_torch
 
     _, variables = simam_jax.load(trained)
-    path = tmp_path / "original.npz"
+    path = tmp_path / "weights.npz"
     write_state(to_torch(variables, "cifar_resnet20"), path)
     state = initial_state(build(small(init_from=str(path)), make_task))
     jax.tree.map(np.testing.assert_array_equal, state.variables, variables)

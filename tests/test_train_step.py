@@ -1,4 +1,4 @@
-"""One update: equal to the original's, the same on any number of devices, with statistics over the groups asked for."""
+"""One update: equal to the reference implementation's, the same on any number of devices, with statistics over the groups asked for."""
 
 import functools
 
@@ -138,7 +138,7 @@ def test_gradients_meet_in_one_all_reduce_and_the_state_is_donated(tiny_network,
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_losses_of_the_original_s_updates(mesh_of):
+def test_the_losses_of_the_reference_implementation_s_updates(mesh_of):
     """SGD on the golden case, through the real update: normalisation set to leave the golden images as they are."""
     from golden_cases import golden_images, golden_state, read_case
 

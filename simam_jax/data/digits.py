@@ -35,7 +35,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         for digit in range(10):
             own = np.flatnonzero(labels == digit)
             test[own[np.linspace(0, len(own) - 1, NUM_TEST_PER_CLASS).round().astype(int)]] = True
-        images = np.minimum(pixels.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)  # 0..16 in the original
+        images = np.minimum(pixels.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)  # 0..16 as scikit-learn has them
         return {
             name: self._generate_examples(images, labels, np.flatnonzero(chosen))
             for name, chosen in (("train", ~test), ("test", test))

@@ -51,7 +51,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     Returns:
         (N, (H + 2 * padding - K) // stride + 1, the same of W, O), in x's dtype, which is the kernel's too.
     """
-    return choose(x, _xla, cpu=_on_cpu)(x, kernel, Geometry(stride, padding, groups))
+    return choose(x, xla, cpu=_on_cpu)(x, kernel, Geometry(stride, padding, groups))
 
 
 def _on_cpu(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -108,7 +108,7 @@ def _with_gradients(value: Bilinear, kernel_gradient: Bilinear, input_gradient: 
     return f
 
 
-def _xla(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+def xla(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's own convolution."""
     stride, padding, groups = geometry
     return lax.conv_general_dilated(
@@ -124,10 +124,10 @@ def _xla(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 def _pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """A 1x1 convolution as a 2-D matrix product: with a 4-D dot_general XLA:CPU transposes the cotangent elementwise."""
     x = x[:, :: geometry.stride, :: geometry.stride]
-    return _matmul(x.reshape(-1, x.shape[3]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+    return matmul(x.reshape(-1, x.shape[3]), kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
-def _matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """rows (M, C) @ kernel (C, O), with the kernel's gradient as the product whose left factor is the narrower one.
 
     Over many rows XLA:CPU sums such products up to twice as fast; the barrier keeps it from choosing the other.
@@ -275,11 +275,11 @@ CPU_FORMS = {
     "depthwise": Forms(_depthwise, _depthwise_kernel_gradient, _depthwise_input_gradient),
     "3x3": Forms(_winograd),
     "dense": Forms(_im2col),
-    "small": Forms(_xla),
+    "small": Forms(xla),
     "image": Forms(
-        _xla, _im2col_columns, _im2col
+        xla, _im2col_columns, _im2col
     ),  # of a large kernel a sum has so many terms that XLA's value is faster
     "image 3x3": Forms(_depthwise, _im2col_columns, _im2col),
     "grouped": Forms(_grouped),
-    "small grouped": Forms(_xla, _grouped, _grouped),
+    "small grouped": Forms(xla, _grouped, _grouped),
 }

@@ -17,17 +17,18 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Of equal values the first in reading order has the gradient, as in PyTorch.
     """
-    return _by_windows(x)
+    return by_windows(x)
 
 
 @max_pool.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     # XLA:CPU looks for the winner with the coordinates of every element beside it.
-    form = choose(primals[0], _by_windows, cpu=_by_axes)
+    form = choose(primals[0], by_windows, cpu=_by_axes)
     return max_pool(*primals), jax.jvp(form, primals, tangents)[1]
 
 
-def _by_windows(x: jax.Array) -> jax.Array:
+def by_windows(x: jax.Array) -> jax.Array:
+    """The definition."""
     padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows the named paddings only
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
