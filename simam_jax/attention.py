@@ -137,9 +137,9 @@ def attend_and_norm(
 ) -> jax.Array:
     """x after a spatial convolution through attention, the batch norm of that name and an activation.
 
-    SimAM is fused with these, except where someone looks at its weights (`mutable=["intermediates"]`).
+    In training SimAM is fused with these, except where someone looks at its weights (`mutable=["intermediates"]`).
     """
-    if make.attention == "simam" and not block.is_mutable_collection("intermediates"):
+    if train and make.attention == "simam" and not block.is_mutable_collection("intermediates"):
         norm = SimAMBatchNorm(
             group_size=make.bn_group_size,
             axis_name=make.axis_name,

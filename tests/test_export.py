@@ -13,6 +13,7 @@ from trained import preprocessing, variables_of, write_workdir
 import simam_jax
 from simam_jax import export
 from simam_jax.inference import Predictor
+from simam_jax.models import Classifier
 from simam_jax.models.blocks import Bottleneck, InvertedResidual
 from simam_jax.models.resnet import ResNet
 
@@ -97,9 +98,8 @@ def test_a_fresh_process_computes_the_same_logits(name, format, network, tmp_pat
     [(partial(Bottleneck, pool=True), "cbam"), (partial(Bottleneck, groups=4), "se"), (InvertedResidual, "simam")],
 )
 def test_onnx_knows_every_layer(block, attention, tmp_path):
-    model = ResNet(
-        block=block, stage_sizes=(1, 1), width=16, stem="deep", num_classes=5, attention=attention, attention_param=4
-    )
+    backbone = ResNet(block=block, stage_sizes=(1, 1), width=16, stem="deep", attention=attention, attention_param=4)
+    model = Classifier(architecture="tiny", backbone=backbone, num_classes=5)
     predictor = Predictor(model, variables_of(model), preprocessing(35))  # odd sizes in every stage
     assert export.export(predictor, "onnx", tmp_path / "network.onnx") < 1e-5
 

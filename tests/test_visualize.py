@@ -17,6 +17,7 @@ from simam_jax.classification import curves, explain, figures
 from simam_jax.inference import Predictor
 from simam_jax.models import init_variables
 from simam_jax.models.blocks import BasicBlock
+from simam_jax.models.registry import Architecture
 from simam_jax.models.resnet import ResNet
 
 SPEC = {"name": "tiny", "num_classes": 3, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
@@ -29,7 +30,7 @@ def workdirs(tmp_path_factory):
     """One with SimAM, one without: its variables are the same, as SimAM has none. Of a network of three small blocks."""
     with pytest.MonkeyPatch.context() as patch:
         tiny = partial(ResNet, block=BasicBlock, stage_sizes=(1, 1, 1), width=8, stem="3x3")
-        patch.setitem(models.MODELS, "tiny", tiny)
+        patch.setitem(models.MODELS, "tiny", Architecture(tiny))
         yield _write_workdirs(tmp_path_factory)
 
 
@@ -128,7 +129,7 @@ def test_grad_cam_of_an_inner_stage_is_that_of_finite_differences(network64):
 
     @jax.jit
     def logit(maps):
-        x = model.block(model.layers(), 32, 2).apply(last, maps, False)
+        x = model.backbone.block(model.backbone.factory(), 32, 2).apply(last, maps, False)
         return x.mean((1, 2)) @ variables["params"]["fc"]["kernel"][:, 5]
 
     # A channel's mean gradient is, up to its size, the derivative along a shift of the whole channel.
