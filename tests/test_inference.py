@@ -10,10 +10,12 @@ from sklearn.datasets import load_sample_images
 
 import simam_jax
 from simam_jax import checkpoints, predict
+from simam_jax.convert import write_state
 from simam_jax.inference import Predictor
 from simam_jax.models import init_variables
 from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
+from simam_jax.torch_weights.names import to_torch
 
 SPEC = {"name": "cifar_resnet20", "num_classes": 7, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = [f"class {letter}" for letter in "abcdefg"]
@@ -155,8 +157,8 @@ def test_arrays_that_are_no_images_are_errors(predictor, array, message):
 
 
 def test_files_of_pytorch_need_a_name_and_take_its_preprocessing(predictor, tmp_path):
-    state = simam_jax.convert.to_torch(predictor.variables, "cifar_resnet20")
-    simam_jax.convert.write_state(state, tmp_path / "weights.npz")
+    state = to_torch(predictor.variables, "cifar_resnet20")
+    write_state(state, tmp_path / "weights.npz")
     with pytest.raises(simam_jax.UserError, match="give its name"):
         Predictor.load(tmp_path / "weights.npz")
     loaded = Predictor.load(tmp_path / "weights.npz", name="cifar_resnet20")
