@@ -9,12 +9,12 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simam_jax.errors import UserError, naming_extras
+from simam_jax.paths import local
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,7 @@ class Preprocessing:
             from PIL import Image
 
         if isinstance(image, str | os.PathLike):
-            name, source = str(image), Path(image).expanduser()
+            name, source = str(image), local(image)
             if not source.is_file():
                 raise UserError(f"{source} is {'a folder, not an image' if source.is_dir() else 'no file'}.")
         elif isinstance(image, bytes):

@@ -168,6 +168,19 @@ def test_files_of_pytorch_need_a_name_and_take_its_preprocessing(predictor, tmp_
     assert loaded(image).probabilities.shape == (1, 7)
 
 
+def test_imagenets_class_names_are_assumed_where_they_fit_and_said(tmp_path, caplog):
+    for classes in (1000, 999):
+        model = simam_jax.create_model("resnet18", num_classes=classes)
+        write_state(to_torch(init_variables(model, jax.random.key(0)), "resnet18"), tmp_path / f"{classes}.npz")
+    with caplog.at_level("WARNING"):
+        names = Predictor.load(tmp_path / "1000.npz", name="resnet18").class_names
+    assert "assumed: ImageNet's 1,000" in caplog.text
+    assert len(set(names)) == 1000
+    # As the indices of the published networks go.
+    assert [names[i] for i in (0, 207, 281, 999)] == ["tench", "golden retriever", "tabby", "toilet tissue"]
+    assert Predictor.load(tmp_path / "999.npz", name="resnet18").class_names[:2] == ("0", "1")
+
+
 def test_wrong_requests_are_errors(workdir, predictor):
     with pytest.raises(simam_jax.UserError, match="is of cifar_resnet20, not of resnet50"):
         Predictor.load(workdir, name="resnet50")

@@ -9,6 +9,7 @@ from flax import linen as nn
 from simam_jax.initializers import Initializer, he_normal
 from simam_jax.layers import LayerFactory
 from simam_jax.models.backbone import Backbone, Features
+from simam_jax.models.blocks import traced_once
 from simam_jax.ops.pooling import max_pool
 
 
@@ -25,10 +26,11 @@ class ResNet(Backbone, kw_only=True):
     def __call__(self, x: jax.Array, train: bool = False) -> Features:
         make, stages = self.factory(kernel_init=self.kernel_init), {}
         x = self._stem(make, x, train)
+        block = traced_once(self.block) if self.trace_blocks_once else self.block
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train=train)
+                x = block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train)
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
         return x, stages
