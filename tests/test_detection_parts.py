@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from simam_jax import simam
-from simam_jax.detection import anchors, extent, losses, masks
-from simam_jax.detection.assign import assign
-from simam_jax.detection.levels import level_of
-from simam_jax.detection.proposals import detect, propose
-from simam_jax.detection.sample import Sample, sample, with_targets
+from simam_jax.rcnn import anchors, extent, losses, masks
+from simam_jax.rcnn.assign import assign
+from simam_jax.rcnn.levels import level_of
+from simam_jax.rcnn.proposals import detect, propose
+from simam_jax.rcnn.sample import Sample, sample, with_targets
 
 GOLDEN = Path(__file__).parent / "golden" / "detection"
 

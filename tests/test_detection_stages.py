@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simam_jax.detection import anchors, masks
-from simam_jax.detection.assign import assign
-from simam_jax.detection.levels import level_of
-from simam_jax.detection.losses import box_losses, mask_losses, matched_deltas, roi_labels, rpn_losses
-from simam_jax.detection.proposals import BOX_STDS, RPN_STDS, detect, propose
-from simam_jax.detection.sample import Sample, with_targets
 from simam_jax.ops.roi_align import roi_align
+from simam_jax.rcnn import anchors, masks
+from simam_jax.rcnn.assign import assign
+from simam_jax.rcnn.levels import level_of
+from simam_jax.rcnn.losses import box_losses, mask_losses, matched_deltas, roi_labels, rpn_losses
+from simam_jax.rcnn.proposals import BOX_STDS, RPN_STDS, detect, propose
+from simam_jax.rcnn.sample import Sample, with_targets
 
 GOLDEN = Path(__file__).parent / "golden" / "detection"
 DETECTORS = pytest.mark.parametrize("name", ["fr_r50", "mr_r50"])

@@ -4,7 +4,7 @@ An image is padded further, to the size of its batch. SimAM takes its statistics
 carry their bias into the padding, so the further padding would change every pixel. It changes nothing if
 - SimAM's mean, variance and count run over the extent (`simam`),
 - maps are zero beyond the extent before every spatial convolution and before the stem's pooling (`zero_beyond`),
-- anchors beyond the extent are no candidates (`detection.anchors.valid_anchors`).
+- anchors beyond the extent are no candidates (`rcnn.anchors.valid_anchors`).
 
 Extents are (..., 2) int32, height and width in pixels, and broadcast over the leading axes of maps (..., H, W, C).
 """

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simam_jax.detection.proposals import BOX_STDS, RPN_STDS
-from simam_jax.detection.sample import Sample
 from simam_jax.ops.boxes import encode
+from simam_jax.rcnn.proposals import BOX_STDS, RPN_STDS
+from simam_jax.rcnn.sample import Sample
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
