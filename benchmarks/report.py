@@ -1,9 +1,12 @@
-"""The README's table of speed, from `benchmarks/results/*.json`: python -m benchmarks.report"""
+"""The tables of speed, from `benchmarks/results/*.json`, into the pages that show them: python -m benchmarks.report"""
 
 import json
+import re
+from pathlib import Path
 
 from benchmarks import measure
 
+ROOT = Path(__file__).parent.parent
 TITLES = {
     "train_step": ("Training, images per second over PyTorch's", "python -m benchmarks.versus_torch train_step"),
     "inference": ("Inference, images per second over PyTorch's", "python -m benchmarks.versus_torch inference"),
@@ -14,16 +17,25 @@ TITLES = {
     "lowerings_operations": ("Our forms of operations over XLA's", "python -m benchmarks.lowerings operations"),
     "lowerings_networks": ("A training step with a form replaced", "python -m benchmarks.lowerings networks"),
     "detection_ops": ("Detection's operations over torchvision's", "python -m benchmarks.detection_ops"),
+    "detectors": ("Detectors over torchvision's", "python -m benchmarks.detectors"),
     "startup": ("From the command to the first update", "python -m benchmarks.startup"),
 }
 
 
-def report() -> str:
-    """One Markdown table for each result that there is, with where and when it was measured."""
+PAGES = {
+    "README.md": ("train_step", "inference", "predictor", "memory", "startup", "detectors"),
+    "simam_jax/ops/README.md": ("lowerings_operations", "lowerings_networks", "simam_op", "traffic", "detection_ops"),
+}
+BEGIN, END = "<!-- python -m benchmarks.report -->\n", "<!-- end of the report -->\n"
+
+
+def report(names: tuple[str, ...]) -> str:
+    """One Markdown table for each of these results that there is, with where and when it was measured."""
     parts = []
-    for name, (title, command) in TITLES.items():
+    for name in names:
         path = measure.RESULTS / f"{name}.json"
         if path.is_file():
+            title, command = TITLES[name]
             result = json.loads(path.read_text())
             settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["settings"].items())
             versions = ", ".join(
@@ -36,5 +48,11 @@ def report() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def updated(text: str, names: tuple[str, ...]) -> str:
+    """A page with the tables between its two marks made anew."""
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}{report(names)}{END}", text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    print(report(), end="")
+    for page, results in PAGES.items():
+        (ROOT / page).write_text(updated((ROOT / page).read_text(), results))

@@ -84,8 +84,10 @@ def draw(module: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, Any]:
         TypeError: a variable whose initializer is none of this file.
     """
     with _describing():
-        # A function of its own, because what JAX has traced outside of this context is no description.
-        described = jax.eval_shape(lambda key, *inputs: module.init(key, *inputs), key, *inputs)
+        # A function and a stream of their own, because what JAX has traced outside of this context is no description.
+        described = jax.eval_shape(
+            lambda key, *inputs: module.init({"params": key, "described": key}, *inputs), key, *inputs
+        )
     seed = np.asarray(jax.random.key_data(key)).tolist()
 
     def value(path: tuple[str, ...], description: Any) -> np.ndarray:

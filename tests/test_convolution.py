@@ -61,7 +61,6 @@ GEOMETRIES = [
     ("image 3x3", 3, 2, 3, 4, 1),
     ("image", 7, 2, 3, 4, 1),
     ("image", 7, 1, 2, 1, 1),
-    ("small", 3, 2, 4, 6, 1),
     ("depthwise", 3, 1, 6, 6, 6),
     ("depthwise", 3, 2, 6, 6, 6),
     ("grouped", 3, 1, 64, 32, 16),  # in two blocks

@@ -38,7 +38,7 @@ class MobileNetV2(Backbone, kw_only=True):
                 block = InvertedResidual(
                     make, width, stride if i == 0 else 1, expansion, self.cifar, name=f"layers_{index}"
                 )
-                x, index = block(x, train), index + 1
+                x, index = block(x, train=train), index + 1
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
         return activation(norm(name="bn2")(conv(1280, name="conv2")(x), train)), stages

@@ -27,7 +27,9 @@ class PreActResNet(Backbone, kw_only=True):
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(x, train)
+                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(
+                    x, train=train
+                )
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
         return nn.relu(make.norm(name="bn")(x, train)), stages

@@ -31,7 +31,8 @@ class ResNet(Backbone, kw_only=True):
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train, extent)
+                block = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")
+                x = block(x, train=train, extent=extent)
                 extent = at_stride(extent, stride)
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)

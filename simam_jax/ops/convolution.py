@@ -18,9 +18,7 @@ from simam_jax.ops.parts import in_parts, part_size
 from simam_jax.ops.winograd import convolve_3x3
 
 CACHE = 2**23  # bytes: patches gathered at a time should stay in a CPU's caches
-SMALL = (
-    2**21
-)  # bytes of patches in all, up to which a dense convolution is left to XLA: other forms only compile longer
+SMALL = 2**21  # bytes of patches in all, up to which convolutions are left to XLA: other forms only compile longer
 FEW = 8  # channels, as of an image: patches of fewer are gathered a few numbers at a time
 BLOCK = 32  # channels that a matrix product on a CPU should at least have
 
@@ -78,12 +76,10 @@ def _kind(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str:
         return "small grouped" if small else "grouped"
     if size == 1 and geometry.padding == 0:
         return "pointwise"
-    if small:
-        return "small"
-    if channels < FEW:
+    if channels < FEW and not small:
         return "image" if size > 3 else "image 3x3"
     # Narrower types have too few digits for Winograd's sums.
-    if size == 3 and geometry.stride == geometry.padding == 1 and jnp.finfo(x.dtype).bits >= 32:
+    if size == 3 and geometry.stride == geometry.padding == 1 and jnp.finfo(x.dtype).bits >= 32 and not small:
         return "3x3"
     return "dense"
 
@@ -124,20 +120,7 @@ def xla(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 def _pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """A 1x1 convolution as a 2-D matrix product: with a 4-D dot_general XLA:CPU transposes the cotangent elementwise."""
     x = x[:, :: geometry.stride, :: geometry.stride]
-    return matmul(x.reshape(-1, x.shape[3]), kernel[0, 0]).reshape(*x.shape[:3], -1)
-
-
-def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """rows (M, C) @ kernel (C, O), with the kernel's gradient as the product whose left factor is the narrower one.
-
-    Over many rows XLA:CPU sums such products up to twice as fast; the barrier keeps it from choosing the other.
-    """
-
-    def transposed(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.dot_general(rows, lax.optimization_barrier(kernel.T), (((1,), (1,)), ((), ())))
-
-    inputs, outputs = kernel.shape
-    return _with_gradients(jnp.matmul, transposed if inputs > outputs else jnp.matmul, jnp.matmul)(rows, kernel)
+    return (x.reshape(-1, x.shape[3]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
 def output_size(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> tuple[int, int]:
@@ -274,11 +257,9 @@ CPU_FORMS = {
     "pointwise": Forms(_pointwise),
     "depthwise": Forms(_depthwise, _depthwise_kernel_gradient, _depthwise_input_gradient),
     "3x3": Forms(_winograd),
-    "dense": Forms(_im2col),
-    "small": Forms(xla),
-    "image": Forms(
-        xla, _im2col_columns, _im2col
-    ),  # of a large kernel a sum has so many terms that XLA's value is faster
+    "dense": Forms(xla),
+    # Of a large kernel a sum has so many terms that XLA's value is faster.
+    "image": Forms(xla, _im2col_columns, _im2col),
     "image 3x3": Forms(_depthwise, _im2col_columns, _im2col),
     "grouped": Forms(_grouped),
     "small grouped": Forms(xla, _grouped, _grouped),

@@ -23,14 +23,17 @@ _target: str | None = None
 def lowering_for(platform: str) -> Iterator[None]:
     """For the body, forms are chosen for `platform` (cpu, gpu, tpu) instead of this process's.
 
-    For compiling ahead for a device that is not here. Functions that jax.jit has traced already keep their forms.
+    For compiling ahead for a device that is not here. JAX forgets at both ends what it has traced: it would be used again,
+    with the forms of the other platform.
     """
     global _target
     previous, _target = _target, platform
+    jax.clear_caches()
     try:
         yield
     finally:
         _target = previous
+        jax.clear_caches()
 
 
 def choose(x: jax.Array, default: Callable, **forms: Callable) -> Callable:
