@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from simam_jax import errors
 from simam_jax.models import ATTENTIONS, create_model, init_variables, list_models, variable_shapes
@@ -132,19 +132,37 @@ def test_maps_within_the_extent_are_those_of_the_image_alone(attention):
     assert outputs.deltas[0].shape == (1, 32 * 32 * 3, 4)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(mask_rcnn, mesh_of):
-    _, variables, apply = mask_rcnn
+    model, variables, apply = mask_rcnn
     x = images(8, (32, 64))
     one = apply(variables, x)
-    mesh = mesh_of(8)
-    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    everywhere = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
-    eight = apply(everywhere, sharded)
+    split = jax.shard_map(model.apply, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P("data"))
+    eight = jax.jit(split)(variables, x)
 
     np.testing.assert_array_equal(eight.count, one.count)
     np.testing.assert_array_equal(eight.labels, one.labels)
     np.testing.assert_allclose(eight.boxes, one.boxes, atol=1e-4)
+
+
+def test_losses_can_be_taken_inside_shard_map(mesh_of):
+    model = detector()
+    variables = variable_shapes(model)
+    truth = targets(8)
+    keys = jax.random.split(jax.random.key(0), 8)
+
+    def of_device(params, *batch):
+        local = jax.lax.pcast(params, "data", to="varying")
+        gradients = jax.grad(lambda p: total(losses(model, variables_of(p), *batch)))(local)
+        return jax.lax.pmean(gradients, "data")
+
+    def variables_of(params):
+        return {"params": params, "batch_stats": jax.tree.map(jnp.zeros_like, variables["batch_stats"])}
+
+    mapped = jax.shard_map(of_device, mesh=mesh_of(8), in_specs=(P(), *(P("data"),) * 3), out_specs=P())
+    shapes = jax.eval_shape(mapped, variables["params"], images(8), truth, keys)
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables["params"])
 
 
 def test_vmap_over_images(mask_rcnn):

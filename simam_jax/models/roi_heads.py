@@ -73,6 +73,6 @@ class OwnClass(nn.Module):
         dtype = at_least_float32(x.dtype)
         kernel = self.param("kernel", he_normal, (1, 1, x.shape[-1], self.num_classes), dtype)
         bias = self.param("bias", zeros, (self.num_classes,), dtype)
-        own = kernel[0, 0].T[labels].astype(x.dtype)
+        own = jnp.take(kernel[0, 0], labels, axis=1).T.astype(x.dtype)
         y = jnp.einsum("rhwc,rc->rhw", x, own, preferred_element_type=dtype)
-        return y + bias[labels][:, None, None]
+        return y + jnp.take(bias, labels)[:, None, None]
