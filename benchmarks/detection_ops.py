@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from simam_jax.detection import anchors, masks
-from simam_jax.detection.assign import assign
-from simam_jax.detection.levels import level_of
-from simam_jax.detection.proposals import detect, propose
 from simam_jax.errors import UserError, run_cli
 from simam_jax.ops.nms import nms
 from simam_jax.ops.roi_align import roi_align
+from simam_jax.rcnn import anchors, masks
+from simam_jax.rcnn.assign import assign
+from simam_jax.rcnn.levels import level_of
+from simam_jax.rcnn.proposals import detect, propose
 
 HEIGHT, WIDTH, IMAGES, CHANNELS, CLASSES = 800, 1344, 2, 256, 80
 SIZES = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]

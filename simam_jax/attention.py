@@ -10,6 +10,7 @@ from flax import linen as nn
 from simam_jax.errors import UserError
 from simam_jax.initializers import Initializer, torch_uniform
 from simam_jax.layers import BatchNorm, Conv, LayerFactory, Linear, SimAMBatchNorm
+from simam_jax.ops import extent as of_extent
 from simam_jax.ops.moments import at_least_float32
 from simam_jax.ops.pooling import global_average
 from simam_jax.ops.simam import MAP, simam, simam_weights
@@ -27,9 +28,18 @@ class SimAM(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, extent: jax.Array | None = None) -> jax.Array:
+        """SimAM of x, over an extent (N, 2) if there is one: see `ops.extent`."""
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "weights", simam_weights(x, self.e_lambda, axes=self.axes))
+            whole = extent is None
+            weights = (
+                simam_weights(x, self.e_lambda, axes=self.axes)
+                if whole
+                else of_extent.simam_weights(x, extent, self.e_lambda)
+            )
+            self.sow("intermediates", "weights", weights)
+        if extent is not None:
+            return of_extent.simam(x, extent, self.e_lambda)
         return simam(x, self.e_lambda, axes=self.axes, implementation=self.implementation)
 
 
@@ -43,9 +53,9 @@ class SqueezeExcite(nn.Module):
     linear: Callable[..., nn.Module] = Linear
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, extent: jax.Array | None = None) -> jax.Array:
         channels = x.shape[-1]
-        hidden = self.linear(_reduced(channels, self.reduction), use_bias=False, name="fc_0")(global_average(x))
+        hidden = self.linear(_reduced(channels, self.reduction), use_bias=False, name="fc_0")(_average(x, extent))
         gate = nn.sigmoid(self.linear(channels, use_bias=False, name="fc_2")(nn.relu(hidden)))
         return x * gate[:, None, None].astype(x.dtype)
 
@@ -62,18 +72,23 @@ class CBAM(nn.Module):
     norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, extent: jax.Array | None = None) -> jax.Array:
         channels, wide = x.shape[-1], at_least_float32(x.dtype)
         inner = self.linear(_reduced(channels, self.reduction), name="ChannelGate_mlp_1")
         outer = self.linear(channels, name="ChannelGate_mlp_3")
-        brightest = _maximum(x.reshape(x.shape[0], -1, channels), axis=1)[:, 0]
-        score = sum(outer(nn.relu(inner(pooled))) for pooled in (global_average(x), brightest.astype(wide)))
+        brightest = _maximum(of_extent.fill_beyond(x, extent, -jnp.inf).reshape(x.shape[0], -1, channels), axis=1)[:, 0]
+        score = sum(outer(nn.relu(inner(pooled))) for pooled in (_average(x, extent), brightest.astype(wide)))
         x = x * nn.sigmoid(score)[:, None, None].astype(x.dtype)
 
         summary = jnp.concatenate([_maximum(x, axis=-1), x.mean(-1, keepdims=True)], -1)
-        score = Conv(1, 7, kernel_init=self.kernel_init, name="SpatialGate_spatial_conv")(summary)
+        score = Conv(1, 7, kernel_init=self.kernel_init, name="SpatialGate_spatial_conv")(summary, extent)
         score = self.norm(momentum=0.99, name="SpatialGate_spatial_bn")(score, train)
         return x * nn.sigmoid(score)
+
+
+def _average(x: jax.Array, extent: jax.Array | None) -> jax.Array:
+    """(N, C): the mean over the map, or over an extent of it."""
+    return global_average(x) if extent is None else of_extent.average(x, extent)
 
 
 def _maximum(x: jax.Array, axis: int) -> jax.Array:
@@ -101,30 +116,30 @@ class Kind(NamedTuple):
     """A kind of attention: where it sits in a block, and how it is applied there."""
 
     place: str
-    apply: Callable[[LayerFactory, jax.Array, bool], jax.Array]  # make, x, train -> y
+    apply: Callable[[LayerFactory, jax.Array, bool, jax.Array | None], jax.Array]  # make, x, train, extent -> y
 
 
-def _simam(make: LayerFactory, x: jax.Array, train: bool) -> jax.Array:  # noqa: ARG001
-    return SimAM(make.attention_param, name="attention")(x)
+def _simam(make: LayerFactory, x: jax.Array, train: bool, extent: jax.Array | None) -> jax.Array:  # noqa: ARG001
+    return SimAM(make.attention_param, name="attention")(x, extent)
 
 
-def _squeeze_excite(make: LayerFactory, x: jax.Array, train: bool) -> jax.Array:  # noqa: ARG001
-    return SqueezeExcite(int(make.attention_param), make.linear, name="attention")(x)
+def _squeeze_excite(make: LayerFactory, x: jax.Array, train: bool, extent: jax.Array | None) -> jax.Array:  # noqa: ARG001
+    return SqueezeExcite(int(make.attention_param), make.linear, name="attention")(x, extent)
 
 
-def _cbam(make: LayerFactory, x: jax.Array, train: bool) -> jax.Array:
+def _cbam(make: LayerFactory, x: jax.Array, train: bool, extent: jax.Array | None) -> jax.Array:
     cbam = CBAM(int(make.attention_param), make.linear, make.kernel_init, make.norm, name="attention")
-    return cbam(x, train)
+    return cbam(x, train, extent)
 
 
 # By the names of `create_model`. A new kind of attention is a line here; no block knows one by name.
 KINDS = {"simam": Kind(SPATIAL, _simam), "se": Kind(END, _squeeze_excite), "cbam": Kind(END, _cbam)}
 
 
-def attend(make: LayerFactory, x: jax.Array, train: bool, place: str) -> jax.Array:
+def attend(make: LayerFactory, x: jax.Array, train: bool, place: str, extent: jax.Array | None = None) -> jax.Array:
     """x through the network's attention, if that sits at this place of a block."""
     kind = KINDS.get(make.attention)
-    return kind.apply(make, x, train) if kind and kind.place == place else x
+    return kind.apply(make, x, train, extent) if kind and kind.place == place else x
 
 
 def attend_and_norm(
@@ -134,10 +149,12 @@ def attend_and_norm(
     train: bool,
     name: str,
     activation: Activation = lambda x: x,
+    extent: jax.Array | None = None,
 ) -> jax.Array:
     """x after a spatial convolution through attention, the batch norm of that name and an activation.
 
     In training SimAM is fused with these, except where someone looks at its weights (`mutable=["intermediates"]`).
+    Batch statistics know no extent: with `train` there must be none.
     """
     if train and make.attention == "simam" and not block.is_mutable_collection("intermediates"):
         norm = SimAMBatchNorm(
@@ -148,4 +165,4 @@ def attend_and_norm(
             name=name,
         )
         return norm(x, train)
-    return activation(make.norm(name=name)(attend(make, x, train, SPATIAL), train))
+    return activation(make.norm(name=name)(attend(make, x, train, SPATIAL, extent), train))

@@ -26,12 +26,12 @@ class Initializer:
     Attributes:
         distribution: normal, uniform or constant.
         scale: r; with `fan` r is scale / sqrt(fan).
-        fan: of a kernel (..., C, O) of K * K places: "in", C * K * K; "out", O * K * K.
+        fan: of a kernel (..., C, O) of K * K places: "in", C * K * K; "out", O * K * K; "mean", the mean of both.
     """
 
     distribution: Literal["normal", "uniform", "constant"]
     scale: float
-    fan: Literal["in", "out"] | None = None
+    fan: Literal["in", "out", "mean"] | None = None
 
     def __call__(self, key: jax.Array | None, shape: Shape, dtype: Any = jnp.float32) -> Any:
         """An array drawn by JAX with `key`, which a constant does not use."""
@@ -62,11 +62,13 @@ class Initializer:
         if self.fan is None:
             return self.scale
         *places, inputs, outputs = shape
-        return self.scale / (np.prod(places) * (inputs if self.fan == "in" else outputs)) ** 0.5
+        channels = {"in": inputs, "out": outputs, "mean": (inputs + outputs) / 2}[self.fan]
+        return self.scale / (np.prod(places) * channels) ** 0.5
 
 
 he_normal = Initializer("normal", 2**0.5, "out")
 torch_uniform = Initializer("uniform", 1.0, "in")
+xavier_uniform = Initializer("uniform", 3**0.5, "mean")
 zeros = Initializer("constant", 0.0)
 ones = Initializer("constant", 1.0)
 

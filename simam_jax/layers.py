@@ -16,15 +16,17 @@ from simam_jax.errors import UserError
 from simam_jax.initializers import Initializer, he_normal, ones, torch_uniform, zeros
 from simam_jax.ops.batch_norm import GroupMoments, batch_norm, over_neighbours
 from simam_jax.ops.convolution import convolve
+from simam_jax.ops.extent import zero_beyond
 from simam_jax.ops.moments import Moments, at_least_float32
 from simam_jax.ops.simam import simam
 from simam_jax.ops.simam_batch_norm import Activation, simam_batch_norm
 
 
 class Conv(nn.Module):
-    """Convolution without bias, (N, H, W, C) -> (N, ceil(H / stride), ceil(W / stride), features).
+    """Convolution, (N, H, W, C) -> (N, ceil(H / stride), ceil(W / stride), features).
 
     The padding is kernel_size // 2 on every side (the kernel is odd), as in PyTorch; XLA's "SAME" differs at stride 2.
+    `bias_init` None: there is no bias. With an extent (N, 2) the map ends there, as `ops.extent` says.
     """
 
     features: int
@@ -32,14 +34,19 @@ class Conv(nn.Module):
     stride: int = 1
     groups: int = 1
     kernel_init: Initializer = he_normal
+    bias_init: Initializer | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, extent: jax.Array | None = None) -> jax.Array:
+        dtype = at_least_float32(x.dtype)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, at_least_float32(x.dtype))
-        return convolve(
-            x, kernel.astype(x.dtype), stride=self.stride, padding=self.kernel_size // 2, groups=self.groups
-        )
+        kernel = self.param("kernel", self.kernel_init, shape, dtype)
+        if self.kernel_size > 1:
+            x = zero_beyond(x, extent)
+        y = convolve(x, kernel.astype(x.dtype), stride=self.stride, padding=self.kernel_size // 2, groups=self.groups)
+        if self.bias_init is None:
+            return y
+        return y + self.param("bias", self.bias_init, (self.features,), dtype).astype(y.dtype)
 
 
 class Linear(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simam_jax.models import ATTENTIONS, MODELS
+from simam_jax.models import ATTENTIONS, list_models
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -53,4 +53,4 @@ def golden_images(case: dict, seed: int = 7) -> tuple[np.ndarray, np.random.Gene
 KINDS = ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d", "mobilenet_v2", "cifar_mobilenet_v2", "cifar_resnet20")
 KINDS += ("cifar_resnet20_bottleneck", "cifar_preresnet20", "cifar_preresnet20_bottleneck", "cifar_wideresnet28x10")
 COMBINATIONS = [(name, attention) for name in KINDS for attention in ATTENTIONS]
-COMBINATIONS += [(name, "simam") for name in MODELS if name not in KINDS]
+COMBINATIONS += [(name, "simam") for name in list_models("classification") if name not in KINDS]

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simam_jax.detection import anchors, masks
-from simam_jax.detection.assign import assign
-from simam_jax.detection.levels import level_of
-from simam_jax.detection.losses import box_losses, mask_losses, matched_deltas, roi_labels, rpn_losses
-from simam_jax.detection.proposals import BOX_STDS, RPN_STDS, detect, propose
-from simam_jax.detection.sample import Sample, with_targets
 from simam_jax.ops.roi_align import roi_align
+from simam_jax.rcnn import anchors, masks
+from simam_jax.rcnn.assign import assign
+from simam_jax.rcnn.levels import level_of
+from simam_jax.rcnn.losses import box_losses, mask_losses, matched_deltas, roi_labels, rpn_losses
+from simam_jax.rcnn.proposals import BOX_STDS, RPN_STDS, detect, propose
+from simam_jax.rcnn.sample import Sample, with_targets
 
 GOLDEN = Path(__file__).parent / "golden" / "detection"
 DETECTORS = pytest.mark.parametrize("name", ["fr_r50", "mr_r50"])
@@ -254,7 +254,7 @@ def test_mask_targets_and_loss(stages, tiled):
     expected = np.unpackbits(of["mask_targets_packed"], axis=-1)[..., : masks.SIZE].astype(bool)
     sums, first = np.zeros(2), 0
     for image in range(2):
-        sample, rois, matches, labels, _ = second_stage(of, image)
+        sample, rois, matches, _, _ = second_stage(of, image)
         bitmaps = of[f"gt_masks_packed_{image}"]
         bitmaps = np.pad(bitmaps, [(0, TARGETS - len(bitmaps)), (0, 320 - bitmaps.shape[1]), (0, 3)])  # a larger bucket
         num, room = int(sample.num_positive), 128
@@ -264,9 +264,8 @@ def test_mask_targets_and_loss(stages, tiled):
         np.testing.assert_array_equal(targets[:num], expected[rows])
         assert not targets[num:].any()
 
-        logits = np.zeros((room, masks.SIZE, masks.SIZE, NUM_CLASSES), np.float32)
-        logits[np.arange(num), :, :, of["mask_labels"][rows]] = of["mask_logits_of_label"][rows]
-        sums += np.array(mask_losses(logits, labels[:room], targets, np.arange(room) < num))
+        logits = padded(of["mask_logits_of_label"][rows], room)
+        sums += np.array(mask_losses(logits, targets, np.arange(room) < num))
         first += num
 
     assert first == len(expected)

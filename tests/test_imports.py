@@ -13,7 +13,7 @@ LAYERS = (
     ("progress", "task", "paths"),
     ("ops",),
     ("layers", "preprocessing", "stored_arrays", "fingerprints"),
-    ("attention",),
+    ("attention", "rcnn"),
     ("models", "checkpoints"),
     ("torch_weights",),
     ("weights", "data"),

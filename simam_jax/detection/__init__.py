@@ -1,1 +1,1 @@
-"""Two-stage detection in static shapes: Faster and Mask R-CNN (Ren et al., 2015; He et al., 2017) with FPN."""
+"""Detection as a task: data, training and evaluation of Faster and Mask R-CNN."""

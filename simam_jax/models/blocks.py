@@ -1,6 +1,7 @@
 """The residual blocks of every network: with and without pre-activation, basic, bottleneck and inverted.
 
 Submodules carry PyTorch's names (`conv1`, `bn1`, ..., `downsample_0`); the attention is always called `attention`.
+An extent (N, 2) is that of x, in places: see `ops.extent`.
 """
 
 import functools
@@ -13,6 +14,7 @@ from flax import linen as nn
 from simam_jax.attention import END, SPATIAL, attend, attend_and_norm
 from simam_jax.layers import Dropout, LayerFactory
 from simam_jax.ops.activations import relu
+from simam_jax.ops.extent import at_stride
 from simam_jax.ops.pooling import average_pool_2x2
 
 
@@ -37,11 +39,12 @@ class BasicBlock(nn.Module):
     expansion: ClassVar[int] = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: jax.Array | None = None) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm
-        y = relu(norm(name="bn1")(conv(self.width, 3, self.stride, name="conv1")(x), train))
-        y = attend_and_norm(make, self, conv(self.width, 3, name="conv2")(y), train, "bn2")
-        y = attend(make, y, train, END)
+        y = relu(norm(name="bn1")(conv(self.width, 3, self.stride, name="conv1")(x, extent), train))
+        extent = at_stride(extent, self.stride)
+        y = attend_and_norm(make, self, conv(self.width, 3, name="conv2")(y, extent), train, "bn2", extent=extent)
+        y = attend(make, y, train, END, extent)
         return relu(y + shortcut(make, x, self.width, self.stride, train))
 
 
@@ -60,15 +63,16 @@ class Bottleneck(nn.Module):
     expansion: ClassVar[int] = 4
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: jax.Array | None = None) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm
         inner, outer = self.width * self.group_width // 64 * self.groups, self.width * self.expansion
         y = relu(norm(name="bn1")(conv(inner, name="conv1")(x), train))
-        y = conv(inner, 3, self.stride, self.groups, name="conv2")(y)
+        y = conv(inner, 3, self.stride, self.groups, name="conv2")(y, extent)
+        extent = at_stride(extent, self.stride)
         # Not `relu`: here the gradient has what went in at hand anyway.
-        y = attend_and_norm(make, self, y, train, "bn2", nn.relu)
+        y = attend_and_norm(make, self, y, train, "bn2", nn.relu, extent)
         y = norm(name="bn3")(conv(outer, name="conv3")(y), train)
-        y = attend(make, y, train, END)
+        y = attend(make, y, train, END, extent)
         return relu(y + shortcut(make, x, outer, self.stride, train, pool=self.pool))
 
 

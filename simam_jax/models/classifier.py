@@ -1,20 +1,19 @@
 """A classifier: a backbone and a head."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from simam_jax.layers import Linear
-from simam_jax.models.backbone import Backbone, as_images
+from simam_jax.models.backbone import as_images
+from simam_jax.models.network import Network
 from simam_jax.ops.pooling import global_average
 
 HEAD = "fc"  # the name of the head among the parameters
 
 
-class Classifier(nn.Module, kw_only=True):
+class Classifier(Network, kw_only=True):
     """A classifier of images: `model.apply(variables, x, train=False, features=False)`.
 
     x is (N, H, W, 3), floating and normalised. The logits are (N, num_classes), float32 (float64 if `dtype` is).
@@ -25,9 +24,6 @@ class Classifier(nn.Module, kw_only=True):
     The backbone's variables stand beside the head's, without a level of their own, as in PyTorch's networks.
     """
 
-    architecture: str  # its name in `models.MODELS`
-    backbone: Backbone
-    num_classes: int
     head: Callable[..., nn.Module] = Linear
 
     def setup(self):
@@ -40,31 +36,3 @@ class Classifier(nn.Module, kw_only=True):
         pooled, stages = self.backbone(as_images(x, self.backbone.dtype), train)
         logits = self.fc(global_average(pooled))
         return (logits, stages) if features else logits
-
-    @property
-    def attention(self) -> str:
-        return self.backbone.attention
-
-    @property
-    def attention_param(self) -> float:
-        return self.backbone.attention_param
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.backbone.dtype
-
-    @nn.nowrap
-    def spec(self) -> dict[str, Any]:
-        """The arguments of `create_model` that make this network again, as JSON."""
-        return {
-            "name": self.architecture,
-            "num_classes": self.num_classes,
-            "attention": self.attention,
-            "attention_param": self.attention_param,
-            "dtype": self.dtype.name,
-        }
-
-    @nn.nowrap
-    def with_backbone(self, **changes: Any) -> "Classifier":
-        """The same network with changed fields of the backbone, such as `dtype`."""
-        return self.clone(backbone=self.backbone.clone(**changes))

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.typing import DTypeLike
 
 from simam_jax import errors
@@ -16,7 +15,9 @@ from simam_jax.layers import Linear
 from simam_jax.models.backbone import Backbone
 from simam_jax.models.blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 from simam_jax.models.classifier import Classifier
+from simam_jax.models.detector import Detector
 from simam_jax.models.mobilenet_v2 import MobileNetLinear, MobileNetV2
+from simam_jax.models.network import Network
 from simam_jax.models.preact_resnet import PreActResNet
 from simam_jax.models.resnet import ResNet
 from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
@@ -28,14 +29,16 @@ class Architecture:
 
     Attributes:
         backbone: makes the backbone.
-        head: makes the head of a classifier.
+        network: makes the network around it.
+        task: what it is for, a name in `simam_jax.tasks`.
         num_classes: of the data set that the reference implementation trains it on; for CIFAR's networks of CIFAR-10.
         preprocessing: what the reference implementation feeds it with.
         e_lambda: SimAM's lambda there.
     """
 
     backbone: Callable[..., Backbone]
-    head: Callable[..., nn.Module] = Linear
+    network: Callable[..., Network] = Classifier
+    task: str = "classification"
     num_classes: int = 1000
     preprocessing: Preprocessing = IMAGENET
     e_lambda: float = 0.1
@@ -47,7 +50,7 @@ _CifarResNet = partial(ResNet, width=16, stem="3x3", kernel_init=torch_uniform)
 _WideResNet = partial(
     PreActResNet, block=partial(PreActBlock, wide=True), width=160, dropout_rate=0.3, kernel_init=he_normal
 )
-_wide_resnet = replace(_Cifar(_WideResNet), head=partial(Linear, bias_init=zeros))
+_wide_resnet = replace(_Cifar(_WideResNet), network=partial(Classifier, head=partial(Linear, bias_init=zeros)))
 # depth: blocks in each of the three stages, of basic and of bottleneck blocks
 _CIFAR_DEPTHS = {20: (3, 3), 32: (5, 5), 56: (9, 6), 110: (18, 12), 164: (27, 18)}
 
@@ -61,7 +64,7 @@ MODELS: dict[str, Architecture] = {
         partial(ResNet, block=partial(Bottleneck, pool=True), stage_sizes=(3, 4, 6, 3), stem="deep")
     ),
     "resnext50_32x4d": Architecture(partial(ResNet, block=_ResNeXtBottleneck, stage_sizes=(3, 4, 6, 3))),
-    "mobilenet_v2": Architecture(MobileNetV2, head=MobileNetLinear),
+    "mobilenet_v2": Architecture(MobileNetV2, partial(Classifier, head=MobileNetLinear)),
     "cifar_mobilenet_v2": _Cifar(partial(MobileNetV2, cifar=True)),
     "cifar_wideresnet28x10": replace(_wide_resnet, backbone=partial(_WideResNet, stage_sizes=(4, 4, 4))),
     "cifar_wideresnet40x10": replace(_wide_resnet, backbone=partial(_WideResNet, stage_sizes=(6, 6, 6))),
@@ -78,21 +81,33 @@ for _depth, (_basic, _bottleneck) in _CIFAR_DEPTHS.items():
         ),
     }
 
+for _depth in (18, 50, 101):
+    _Coco = partial(Architecture, MODELS[f"resnet{_depth}"].backbone, task="detection", num_classes=80)
+    MODELS |= {
+        f"faster_rcnn_resnet{_depth}_fpn": _Coco(Detector),
+        f"mask_rcnn_resnet{_depth}_fpn": _Coco(partial(Detector, masks=True)),
+    }
+
 ATTENTIONS = ("none", *KINDS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` knows."""
-    return list(MODELS)
+def list_models(task: str | None = None) -> list[str]:
+    """The names that `create_model` knows: all, or those for "classification" or "detection"."""
+    return [name for name, architecture in MODELS.items() if task in (None, architecture.task)]
 
 
-def create_model(name: str, *, num_classes: int | None = None, **settings: Any) -> Classifier:
-    """The classifier of that name, to be used as `models.classifier.Classifier` says.
+def create_model(
+    name: str, *, num_classes: int | None = None, min_bbox_size: float | None = None, **settings: Any
+) -> Any:
+    """The network of that name: a `models.classifier.Classifier` or a `models.detector.Detector`.
 
     Args:
         name: one of `list_models()`.
-        num_classes: the number of logits; None: 1,000 for ImageNet's networks, 10 for CIFAR's.
+        num_classes: the number of classes; of a detector, of objects. None: 1,000 for ImageNet's networks, 10 for CIFAR's,
+            80 for detectors.
+        min_bbox_size: of a detector, pixels that a proposal must exceed in width and height. None: none is dropped, as in
+            mmdetection 2.9; 0 is what later versions do.
         settings: as for `create_backbone`.
 
     Raises:
@@ -103,7 +118,12 @@ def create_model(name: str, *, num_classes: int | None = None, **settings: Any) 
         num_classes = MODELS[name].num_classes
     if num_classes < 1:
         raise errors.UserError(f"num_classes must be at least 1, got {num_classes}.")
-    return Classifier(architecture=name, backbone=backbone, num_classes=num_classes, head=MODELS[name].head)
+    options = {}
+    if min_bbox_size is not None:
+        if MODELS[name].task != "detection":
+            raise errors.UserError(f"min_bbox_size is a detector's, and {name} is none.")
+        options["min_bbox_size"] = float(min_bbox_size)
+    return MODELS[name].network(architecture=name, backbone=backbone, num_classes=num_classes, **options)
 
 
 def create_backbone(

@@ -9,10 +9,12 @@ has them, it is written in the default forms.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
@@ -58,6 +60,18 @@ def compute_once(f: Callable[..., jax.Array], *inputs: jax.Array, after: jax.Arr
     that. It does not fuse across a conditional. Both branches of this one are f.
     """
     return lax.cond(after[(0,) * after.ndim] == 0, f, f, *inputs)
+
+
+def varying_as(x: Any, *others: Any) -> Any:
+    """x, arrays that a loop over `others` starts with. Under shard_map they must vary over the devices as its results will.
+
+    The choice between equal arrays has that type, and costs nothing: XLA removes it.
+    """
+    firsts = [
+        leaf[(0,) * leaf.ndim] for leaf in map(jnp.asarray, jax.tree.leaves(others)) if is_symbolic(leaf) or leaf.size
+    ]
+    always = functools.reduce(jnp.logical_or, [first == first for first in firsts])
+    return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), x)
 
 
 def barrier_after(x: Any, *numbers: jax.Array) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from simam_jax.ops.boxes import exact_product, iou
+from simam_jax.ops.dispatch import varying_as
 
 _BLOCK = 256
 _SEGMENT = 8 * _BLOCK
@@ -74,7 +75,7 @@ def nms(
                 return alive & (_overlap(block, better).max(1) <= jnp.float32(threshold))
 
             alive = start + jnp.arange(_BLOCK) < num
-            alive = lax.fori_loop(0, -(-count // _BLOCK), cut, alive)
+            alive = lax.fori_loop(0, -(-count // _BLOCK), cut, varying_as(alive, block, kept, count))
             alive = _greedy(block, alive, threshold)
 
             # The living first; the next block overwrites the zeros after them.
@@ -88,13 +89,13 @@ def nms(
             )
 
         left = state.left.at[places].set(-jnp.inf)
-        found = lax.while_loop(goes_on, next_block, (jnp.int32(0), *state[1:]))
+        found = lax.while_loop(goes_on, next_block, varying_as((jnp.int32(0), *state[1:]), scores, moved))
         return _State(left, *found[1:])
 
     # `kept` is read in whole blocks, of which the last may reach beyond the boxes that were written.
     room = -(-most // _BLOCK) * _BLOCK + _BLOCK
     state = _State(scores, jnp.zeros((4, room), boxes.dtype), jnp.zeros(room, jnp.int32), jnp.int32(0))
-    state = lax.while_loop(unfinished, next_segment, state)
+    state = lax.while_loop(unfinished, next_segment, varying_as(state, scores, moved))
     count = jnp.minimum(state.count, most)
     return jnp.where(jnp.arange(most) < count, state.indices[:most], 0), count
 
@@ -112,4 +113,5 @@ def _greedy(block: jax.Array, alive: jax.Array, threshold: float) -> jax.Array:
         _, now = state
         return now, alive & (jnp.where(now, overlap, 0).max(1) <= jnp.float32(threshold))
 
-    return lax.while_loop(lambda state: (state[0] != state[1]).any(), step, (jnp.zeros_like(alive), alive))[1]
+    start = varying_as((jnp.zeros_like(alive), alive), block, alive)
+    return lax.while_loop(lambda state: (state[0] != state[1]).any(), step, start)[1]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from simam_jax.ops.bins import Tiles, bins
+from simam_jax.ops.dispatch import varying_as
 
 
 class Form(NamedTuple):
@@ -109,7 +110,7 @@ def _value(
 ) -> jax.Array:
     groups = _Groups(form, rois, len(maps))
     channels = maps[0].shape[-1]
-    out = jnp.zeros((groups.padded, size, size, channels), jnp.float32)
+    out = varying_as(jnp.zeros((groups.padded, size, size, channels), jnp.float32), maps, rois)
     for level, x in enumerate(maps):
 
         def add(out: jax.Array, image: jax.Array, start: jax.Array, window: "_Window", x: jax.Array = x) -> jax.Array:
@@ -147,7 +148,7 @@ def _gradient(
             before = lax.dynamic_slice(dx, at, (1, *window.shape, channels))
             return lax.dynamic_update_slice(dx, before + values, at)
 
-        dx = jnp.zeros((*x.shape[:3], channels), jnp.float32)
+        dx = varying_as(jnp.zeros((*x.shape[:3], channels), jnp.float32), dy, rois)
         gradients.append(groups.fold(level, (x.shape[1], x.shape[2]), size, stride, add, dx).astype(x.dtype))
     return tuple(gradients)
 

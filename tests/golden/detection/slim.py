@@ -1,10 +1,11 @@
-"""Makes stages.npz from the full reference numbers: python tests/golden/detection/slim.py FOLDER
+"""Makes stages.npz and networks.npz from the full reference numbers: python tests/golden/detection/slim.py FOLDER
 
 Every array is a copy, or a copy with zeros where the stage does not look: see README.md.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,42 @@ def main(folder: Path) -> None:
         out |= {of + key: full[key] for key in keys}
 
     np.savez_compressed(here / "stages.npz", **out)
+    np.savez_compressed(here / "networks.npz", **networks(load))
+
+
+def networks(load: Callable[[str], tuple[dict[str, np.ndarray], dict]]) -> dict[str, np.ndarray]:
+    """What the whole networks take and give."""
+    out = {}
+    newer = np.load(Path(sys.argv[1]) / "alt_mmdet_2_28_2.npz")
+    deeper, _ = load("r101_infer")
+    found = "det_rescaled", "det_label_rescaled"
+    for name in ("fr", "mr"):
+        full, about = load(f"{name}_r50_infer")
+        of = f"{name}_r50/infer/"
+        out[of + "image"] = full["img_resized_bgr_u8"][..., ::-1]
+        out |= {of + key: full[key] for key in found}
+        out |= {f"{of}newer/{key}": newer[f"{name}_r50/{key}"] for key in found}
+        out |= {f"{name}_r101/infer/{key}": deeper[f"{name}/{key}"] for key in found}
+        norm = about["input"]["norm"]
+        if name == "mr":
+            out[of + "masks_packed"] = full["masks_packed"]
+
+        full, about = load(f"{name}_r50_train")
+        of = f"{name}_r50/train/"
+        if name == "mr":
+            pixels = np.round(full["img"].transpose(0, 2, 3, 1) * norm["std"] + norm["mean"]).astype(np.uint8)
+            height, width = about["meta"][1]["img_shape"][:2]
+            out[of + "second_image"] = pixels[1, :height, :width]
+        out[of + "batch_size"] = np.array(about["batch_img_shape"][2:])
+        out[of + "image_sizes"] = np.array([meta["img_shape"][:2] for meta in about["meta"]])
+        out[of + "total"] = np.array(about["scalars"]["total_loss"])
+        trained = {key: value["l2"] for key, value in about["grad"].items() if value is not None}
+        out[of + "grad_norms"], out[of + "trained"] = np.array(list(trained.values())), np.array(list(trained))
+        for key, value in full.items():
+            if key.startswith(("grad:", "after_sgd:")):
+                kind, _, parameter = key.partition(":")
+                out[f"{of}{kind}/{parameter}"] = value
+    return out
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from simam_jax.ops.boxes import iou
+from simam_jax.ops.dispatch import varying_as
 
 IGNORED = -1
 NEGATIVE = 0
@@ -57,6 +58,7 @@ def assign(
         return jnp.maximum(best, overlap), first, last
 
     start = jnp.where(valid, jnp.float32(0), -1), jnp.ones(size, jnp.int32), jnp.zeros(size, jnp.int32)
+    start = varying_as(start, candidates, valid, targets, count)
     best, first, last = lax.fori_loop(0, jnp.asarray(count, jnp.int32), one_target, start)
     matches = jnp.where(best < jnp.float32(negative), NEGATIVE, IGNORED)
     matches = jnp.where(best >= jnp.float32(positive), first, matches)

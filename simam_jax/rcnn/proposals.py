@@ -25,8 +25,8 @@ class Detections(NamedTuple):
     boxes: jax.Array  # (D, 4) float32 in pixels of the image as it was read, best first, zeros from `count` on
     scores: jax.Array  # (D,) float32
     labels: jax.Array  # (D,) int32 in 0..C - 1
-    rois: jax.Array  # (D,) int32, the proposal that each came from
     count: jax.Array  # () int32
+    masks: jax.Array | None = None  # (D, 28, 28) float32 probabilities over the box, zeros from `count` on
 
 
 @partial(jax.jit, static_argnames=("before_nms", "most", "threshold", "min_bbox_size"))
@@ -104,8 +104,8 @@ def detect(
         x.reshape(-1, *x.shape[2:]) for x in lax.stop_gradient((boxes, scores, labels, real))
     )
     indices, count = nms(boxes, scores, labels, real, threshold=iou_threshold, most=most)
-    found = _first(count, boxes[indices], scores[indices], labels[indices], indices // num_classes)
-    return Detections(found[0], found[1], found[2], found[3], count)
+    found = _first(count, boxes[indices], scores[indices], labels[indices])
+    return Detections(found[0], found[1], found[2], count)
 
 
 def _first(count: jax.Array, *arrays: jax.Array) -> list[jax.Array]:

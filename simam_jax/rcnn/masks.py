@@ -11,6 +11,7 @@ from jax import lax
 
 from simam_jax.ops.bins import Tiles, bins, weights
 from simam_jax.ops.boxes import exact_product
+from simam_jax.ops.dispatch import varying_as
 
 SIZE = 28  # of a mask as the head sees it
 _TILE = (64, 128)  # pixels of a bitmap that one step reads
@@ -80,7 +81,8 @@ def _targets_by_tiles(
     packed: jax.Array, extent: jax.Array, boxes: jax.Array, indices: jax.Array, count: jax.Array
 ) -> jax.Array:
     height, width = packed.shape[1], packed.shape[2] * 8
-    targets = jnp.zeros((boxes.shape[0], SIZE, SIZE), jnp.float32)
+    inputs = packed, extent, boxes, indices, count
+    targets = varying_as(jnp.zeros((boxes.shape[0], SIZE, SIZE), jnp.float32), inputs)
     tile = min(_TILE[0], height), min(_TILE[1], width)
 
     def one_box(i: jax.Array, targets: jax.Array) -> jax.Array:
@@ -94,7 +96,9 @@ def _targets_by_tiles(
 
         most = -(-height // tile[0])
         none = jnp.zeros(most, jnp.int32), jnp.zeros((most, SIZE, tile[0]), jnp.float32)
-        corners, of_rows = lax.fori_loop(0, rows.count, keep, none)  # once, not for every tile of a row
+        corners, of_rows = lax.fori_loop(
+            0, rows.count, keep, varying_as(none, inputs)
+        )  # once, not for every tile of a row
 
         def one_column(k: jax.Array, covered: jax.Array) -> jax.Array:
             x, of_columns = columns.at(k)
@@ -108,7 +112,8 @@ def _targets_by_tiles(
 
             return lax.fori_loop(0, rows.count, one_tile, covered)
 
-        covered = lax.fori_loop(0, columns.count, one_column, jnp.zeros((SIZE, SIZE), jnp.float32))
+        nothing = varying_as(jnp.zeros((SIZE, SIZE), jnp.float32), inputs)
+        covered = lax.fori_loop(0, columns.count, one_column, nothing)
         return targets.at[i].set(covered)
 
     return lax.fori_loop(0, count, one_box, targets) >= 0.5

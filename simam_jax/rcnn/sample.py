@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simam_jax.detection.assign import NEGATIVE
+from simam_jax.rcnn.assign import NEGATIVE
 
 
 class Sample(NamedTuple):

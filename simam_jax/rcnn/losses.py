@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simam_jax.detection.proposals import BOX_STDS, RPN_STDS
-from simam_jax.detection.sample import Sample
 from simam_jax.ops.boxes import encode
+from simam_jax.rcnn.proposals import BOX_STDS, RPN_STDS
+from simam_jax.rcnn.sample import Sample
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -108,18 +108,13 @@ def box_losses(
     return entropy, l1(predicted, goal, sample.positive), sample.count.astype(jnp.float32)
 
 
-def mask_losses(
-    logits: jax.Array, labels: jax.Array, targets: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def mask_losses(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(mask, count) over the real positives, float32. The count is their number; each adds the mean over its pixels.
 
     Args:
-        logits: (P, 28, 28, C).
-        labels: (P,) int32, the class whose mask learns.
+        logits: (P, 28, 28), of the class of each.
         targets: (P, 28, 28) bool of `masks.mask_targets`.
         valid: (P,) bool.
     """
-    own = jnp.clip(labels, 0, logits.shape[-1] - 1)[:, None, None, None]
-    logit = jnp.take_along_axis(logits, own, axis=-1)[..., 0].astype(jnp.float32)
-    entropy = binary_cross_entropy(logit, targets.astype(jnp.float32)).mean((1, 2))
+    entropy = binary_cross_entropy(logits.astype(jnp.float32), targets.astype(jnp.float32)).mean((1, 2))
     return jnp.where(valid, entropy, 0).sum(), valid.sum().astype(jnp.float32)
