@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from simam_jax import checkpoints
 from simam_jax.errors import UserError, unknown
-from simam_jax.models import HEAD, MODELS, Classifier, create_model, variable_shapes
+from simam_jax.models import HEAD, MODELS, Network, create_model, variable_shapes
 from simam_jax.paths import local
 from simam_jax.preprocessing import Preprocessing
 from simam_jax.torch_weights.files import read_state
@@ -32,12 +33,12 @@ class Weights:
         spec: JSON as in checkpoints: `model`, and `preprocessing` and `class_names` where they are known.
     """
 
-    model: Classifier
+    model: Network
     variables: Tree
     spec: Mapping[str, Any]
 
 
-def load(path: str | os.PathLike[str], *, ema: bool = False) -> tuple[Classifier, Tree]:
+def load(path: str | os.PathLike[str], *, ema: bool = False) -> tuple[Network, Tree]:
     """A trained network: `model, variables = load(path)`, then `model.apply(variables, images)`.
 
     Args:
@@ -67,7 +68,7 @@ def load_torch(
     skip_head: bool = False,
     key: str | None = None,
     ema: bool = False,
-) -> tuple[Classifier, Tree]:
+) -> tuple[Network, Tree]:
     """A network with the weights of a file of PyTorch's.
 
         model, variables = load_torch("resnet50_simam.pth.tar", "resnet50", attention="simam", attention_param=0.1)
@@ -129,7 +130,7 @@ def load_weights(
         name, attention, attention_param = own["name"], own["attention"], own["attention_param"]
     settings = {"attention": attention, "attention_param": attention_param}
     model, variables = from_torch(state, str(name), num_classes=num_classes, source=str(path), **settings)
-    spec = {"task": "classification"} | {k: v for k, v in about.items() if k in ("preprocessing", "class_names")}
+    spec = {"task": MODELS[str(name)].task} | {k: v for k, v in about.items() if k in ("preprocessing", "class_names")}
     return Weights(model, variables, spec | {"model": model.spec()})
 
 
@@ -170,7 +171,7 @@ def class_names_of(found: Weights) -> list[str] | None:
 
 def start_from(
     path: str,
-    model: Classifier,
+    model: Network,
     spec: Mapping[str, Any],
     fresh: Tree,
     *,
@@ -182,9 +183,12 @@ def start_from(
     Raises:
         UserError: they do not fit, or their head is for other classes.
     """
+    classifier = MODELS[model.architecture].classifier
     if local(path).is_dir():
         start = _from_checkpoint(path, ema=False)
         found = start.variables
+        if start.model.architecture == classifier:
+            return with_backbone(fresh, found)
         same = ("attention", "attention_param")  # what the parameters' names and shapes do not tell
         if any(getattr(start.model, name) != getattr(model, name) for name in same):
             had, has = ({name: getattr(m, name) for name in same} for m in (start.model, model))
@@ -192,9 +196,16 @@ def start_from(
         if not skip_head:
             check_class_names(start.spec, spec, f"config.init_from={path}", match_classes)
     else:
-        _, found = load_torch(path, skip_head=skip_head, **spec["model"])
+        state = read_state(path).state
+        if classifier and not any(key.startswith("rpn_head.") for key in state):
+            settings = {name: spec["model"][name] for name in ("attention", "attention_param", "dtype")}
+            _, found = from_torch(state, classifier, source=path, **settings)
+            return with_backbone(fresh, found)
+        _, found = from_torch(state, skip_head=skip_head, source=path, **spec["model"])
     if skip_head:
-        found = found | {"params": found["params"] | {HEAD: fresh["params"][HEAD]}}
+        kept: dict[tuple[str, ...], Any] = flatten_dict(found)
+        drawn: dict[tuple[str, ...], Any] = flatten_dict(fresh)
+        found = unflatten_dict(kept | {path: x for path, x in drawn.items() if path[1:-1] in model.class_layers})
     if wrong := checkpoints.differences(checkpoints.layout(found), checkpoints.layout(fresh)):
         raise UserError(
             f"The weights of config.init_from={path} do not fit {spec['model']['name']} with "
@@ -202,6 +213,21 @@ def start_from(
             f"--config.init_skip_head=True."
         )
     return found
+
+
+def with_backbone(detector: Tree, classifier: Tree) -> Tree:
+    """The variables of a detector with those of a classifier, all but its head, as its backbone.
+
+    Raises:
+        UserError: the classifier is not the one that the detector stands on.
+    """
+    found = {
+        kind: {name: x for name, x in classifier[kind].items() if name != HEAD} for kind in ("params", "batch_stats")
+    }
+    wanted = {kind: detector[kind]["backbone"] for kind in found}
+    if wrong := checkpoints.differences(checkpoints.layout(found), checkpoints.layout(wanted)):
+        raise UserError(f"These weights are not those of this detector's backbone: {wrong}.")
+    return detector | {kind: detector[kind] | {"backbone": found[kind]} for kind in found}
 
 
 def check_class_names(held: Mapping[str, Any], wanted: Mapping[str, Any], source: str, match: str = "by_name") -> None:

@@ -26,6 +26,10 @@ class Classifier(Network, kw_only=True):
 
     head: Callable[..., nn.Module] = Linear
 
+    @property
+    def class_layers(self) -> tuple[tuple[str, ...], ...]:
+        return ((HEAD,),)
+
     def setup(self):
         nn.share_scope(self, self.backbone)
         self.fc = self.head(self.num_classes)

@@ -46,6 +46,11 @@ class Detector(Network, kw_only=True):
     masks: bool = False  # whether it is a Mask R-CNN
     min_bbox_size: float = -1.0  # proposals must be wider and higher; below 0 none is dropped: see `rcnn.proposals`
 
+    @property
+    def class_layers(self) -> tuple[tuple[str, ...], ...]:
+        masks = (("mask_head", "conv_logits"),) if self.masks else ()
+        return ("bbox_head", "fc_cls"), ("bbox_head", "fc_reg"), *masks
+
     def setup(self):
         self.neck = FPN()
         self.rpn_head = RPNHead()

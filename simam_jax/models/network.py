@@ -27,6 +27,11 @@ class Network(nn.Module, kw_only=True):
     def dtype(self) -> jnp.dtype:
         return self.backbone.dtype
 
+    @property
+    def class_layers(self) -> tuple[tuple[str, ...], ...]:
+        """Where the layers whose shapes depend on the number of classes stand among the parameters; the scores' first."""
+        raise NotImplementedError
+
     @nn.nowrap
     def spec(self) -> dict[str, Any]:
         """The arguments of `create_model` that make this network again, as JSON."""

@@ -34,6 +34,7 @@ class Architecture:
         num_classes: of the data set that the reference implementation trains it on; for CIFAR's networks of CIFAR-10.
         preprocessing: what the reference implementation feeds it with.
         e_lambda: SimAM's lambda there.
+        classifier: of a detector, the network whose weights its backbone starts from.
     """
 
     backbone: Callable[..., Backbone]
@@ -42,6 +43,7 @@ class Architecture:
     num_classes: int = 1000
     preprocessing: Preprocessing = IMAGENET
     e_lambda: float = 0.1
+    classifier: str = ""
 
 
 _Cifar = partial(Architecture, num_classes=10, preprocessing=CIFAR, e_lambda=1e-4)
@@ -82,7 +84,8 @@ for _depth, (_basic, _bottleneck) in _CIFAR_DEPTHS.items():
     }
 
 for _depth in (18, 50, 101):
-    _Coco = partial(Architecture, MODELS[f"resnet{_depth}"].backbone, task="detection", num_classes=80)
+    _resnet = f"resnet{_depth}"
+    _Coco = partial(Architecture, MODELS[_resnet].backbone, task="detection", num_classes=80, classifier=_resnet)
     MODELS |= {
         f"faster_rcnn_resnet{_depth}_fpn": _Coco(Detector),
         f"mask_rcnn_resnet{_depth}_fpn": _Coco(partial(Detector, masks=True)),

@@ -1,7 +1,7 @@
 """How variables are called and laid out in PyTorch: our tree and the reference implementation's state_dict, both ways.
 
 The names correspond by rule. Our `_` is PyTorch's `.`, a kernel is a weight in another layout, and a few modules are
-called or counted differently: see `_module_name`, which is the whole table.
+called or counted differently: see `_module_name` and, for detectors, `_detector_name`, which are the whole table.
 """
 
 import re
@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from simam_jax.models import MODELS
+
 VariablePath = tuple[str, ...]
 State = dict[str, np.ndarray]  # a state_dict: PyTorch's names, layouts and shapes
 
 COUNTER = "num_batches_tracked"  # PyTorch's count of updates, in every batch norm; of no effect with a momentum
+_ROI = (7, 7)  # places of a roi's map that a detector's box head looks at
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -29,7 +32,23 @@ def torch_names(paths: Iterable[VariablePath], name: str, attention: str) -> dic
     paths = list(paths)
     last = 3 if any("bn3" in path for path in paths) else 2  # the layers of a block
     rename = _module_name(name, attention, last)
-    return {path: f"{rename('.'.join(path[1:-1]).replace('_', '.'))}.{_LEAVES[path[-1]]}" for path in paths}
+
+    def module(modules: VariablePath) -> str:
+        if MODELS[name].task == "classification":
+            return rename(".".join(modules).replace("_", "."))
+        if modules[0] == "backbone":
+            return "backbone." + rename(".".join(modules[1:]).replace("_", "."))
+        return _detector_name(modules)
+
+    return {path: f"{module(path[1:-1])}.{_LEAVES[path[-1]]}" for path in paths}
+
+
+def _detector_name(modules: VariablePath) -> str:
+    """How mmdetection calls a part of a detector behind the backbone."""
+    name = ".".join(re.sub(r"_(\d+)$", r".\1", module) for module in modules)
+    if modules[0] in ("bbox_head", "mask_head"):
+        name = f"roi_head.{name}"
+    return f"{name}.conv" if "convs." in name else name
 
 
 def _module_name(name: str, attention: str, last: int) -> Callable[[str], str]:
@@ -92,22 +111,32 @@ def to_torch(variables: dict[str, Any], name: str, *, attention: str = "simam", 
     flat: dict[VariablePath, Any] = flatten_dict(variables)
     state = {}
     for path, key in torch_names(flat, name, attention).items():
-        state[prefix + key] = to_torch_layout(np.asarray(flat[path]))
+        state[prefix + key] = to_torch_layout(path, np.asarray(flat[path]))
         if path[-1] == "mean":
             state[prefix + key.replace("running_mean", COUNTER)] = np.zeros((), np.int64)
     return state
 
 
-def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(path: VariablePath, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of our array in PyTorch: (O, I, K, K) for (K, K, I, O), (O, I) for (I, O)."""
-    return (shape[-1], shape[-2], *shape[:-2]) if len(shape) > 1 else shape
+    return to_torch_layout(path, np.broadcast_to(np.int8(0), shape)).shape
 
 
-def from_torch_layout(x: np.ndarray) -> np.ndarray:
+def from_torch_layout(path: VariablePath, x: np.ndarray) -> np.ndarray:
     """(O, I, K, K) -> (K, K, I, O); (O, I) -> (I, O)."""
+    if "upsample" in path and x.ndim == 4:  # transposed convolutions have their inputs first
+        return x.transpose(2, 3, 0, 1)
+    if "shared_fcs_0" in path and x.ndim == 2:  # looks at a flattened map: (C, H, W) there, (H, W, C) here
+        return x.reshape(len(x), -1, *_ROI).transpose(2, 3, 1, 0).reshape(-1, len(x))
     return x.transpose((2, 3, 1, 0) if x.ndim == 4 else None)
 
 
-def to_torch_layout(x: np.ndarray) -> np.ndarray:
+def to_torch_layout(path: VariablePath, x: np.ndarray) -> np.ndarray:
     """The inverse of `from_torch_layout`."""
-    return np.array(x.transpose((3, 2, 0, 1) if x.ndim == 4 else None), order="C")  # a copy: JAX's arrays are read-only
+    if "upsample" in path and x.ndim == 4:
+        y = x.transpose(2, 3, 0, 1)
+    elif "shared_fcs_0" in path and x.ndim == 2:
+        y = x.reshape(*_ROI, -1, x.shape[1]).transpose(3, 2, 0, 1).reshape(x.shape[1], -1)
+    else:
+        y = x.transpose((3, 2, 0, 1) if x.ndim == 4 else None)
+    return np.array(y, order="C")  # a copy: JAX's arrays are read-only

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from simam_jax.errors import UserError
-from simam_jax.models import HEAD, Classifier, create_model, init_variables, variable_shapes
+from simam_jax.models import Network, create_model, init_variables, variable_shapes
 from simam_jax.torch_weights.names import State, VariablePath, from_torch_layout, torch_names, torch_shape
 
 Tree = Any
@@ -26,16 +26,17 @@ def from_torch(
     attention: str = "simam",
     attention_param: float | None = None,
     dtype: DTypeLike = jnp.float32,
+    min_bbox_size: float | None = None,
     skip_head: bool = False,
     source: str = "The state_dict",
-) -> tuple[Classifier, Tree]:
+) -> tuple[Network, Tree]:
     """A network with the weights of a state_dict.
 
     Args:
         state: arrays by the reference implementation's names; `num_batches_tracked` counts for nothing.
-        name, attention, attention_param, dtype: as for `create_model`.
+        name, attention, attention_param, dtype, min_bbox_size: as for `create_model`.
         num_classes: None: as many as the state_dict has.
-        skip_head: leave the classifier as freshly drawn, for another number of classes.
+        skip_head: leave the layers for classes as freshly drawn, for another number of classes.
         source: what an error calls the state_dict.
 
     Returns:
@@ -45,34 +46,36 @@ def from_torch(
         UserError: entries are missing, unexpected or of the wrong shape: all of them are listed. Or one is not finite.
     """
     if skip_head and num_classes is None:
-        raise UserError("skip_head draws a new classifier: say for how many classes, with num_classes.")
+        raise UserError("skip_head draws a new head: say for how many classes, with num_classes.")
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    create_model(name, num_classes=1, attention=attention, attention_param=attention_param)  # says what is misspelt
+    one_class = create_model(name, num_classes=1, attention=attention, attention_param=attention_param)
     written_with = _attention_of(state, name, attention)
     if written_with != attention:
         logging.warning(
             "%s: weights with attention %s, taken for %s (SimAM has none).", source, written_with, attention
         )
     if num_classes is None:
-        (head_bias,) = torch_names([("params", HEAD, "bias")], name, written_with).values()
-        num_classes = max(state[head_bias].size, 1) if head_bias in state else 1
-    model = create_model(
-        name, num_classes=num_classes, attention=attention, attention_param=attention_param, dtype=dtype
-    )
+        bias = ("params", *one_class.class_layers[0], "bias")
+        (key,) = torch_names([bias], name, written_with).values()
+        shapes: dict[VariablePath, Any] = flatten_dict(variable_shapes(one_class))
+        background = shapes[bias].size - 1
+        num_classes = max(state[key].size - background, 1) if key in state else 1
+    settings = {"attention": attention, "attention_param": attention_param, "min_bbox_size": min_bbox_size}
+    model = create_model(name, num_classes=num_classes, dtype=dtype, **settings)
     expected: dict[VariablePath, Any] = flatten_dict(variable_shapes(model))
     keys = torch_names(expected, name, written_with)
-    head = {path: key for path, key in keys.items() if path[1] == HEAD}
+    head = {path: key for path, key in keys.items() if path[1:-1] in model.class_layers}
     if skip_head:
         state = {key: value for key, value in state.items() if not _is_below(key, head.values())}
         keys = {path: key for path, key in keys.items() if path not in head}
 
-    _check_fit(state, {key: torch_shape(expected[path].shape) for path, key in keys.items()}, source, model, head)
-    arrays = {path: from_torch_layout(state[key]).astype(expected[path].dtype) for path, key in keys.items()}
+    _check_fit(state, {key: torch_shape(path, expected[path].shape) for path, key in keys.items()}, source, model, head)
+    arrays = {path: from_torch_layout(path, state[key]).astype(expected[path].dtype) for path, key in keys.items()}
     variables: dict[VariablePath, Any] = jax.tree.map(jnp.asarray, arrays)
     check_finite(variables, source)
     if skip_head:
-        drawn = init_variables(model, jax.random.key(0))["params"][HEAD]
-        variables |= {path: drawn[path[-1]] for path in head}
+        drawn: dict[VariablePath, Any] = flatten_dict(init_variables(model, jax.random.key(0)))
+        variables |= {path: drawn[path] for path in head}
     return model, unflatten_dict(variables)
 
 
@@ -96,7 +99,7 @@ def _check_fit(
     state: State,
     shapes: Mapping[str, tuple[int, ...]],
     source: str,
-    model: Classifier,
+    model: Network,
     head: Mapping[VariablePath, str],
 ) -> None:
     problems = [f"  missing: {key} {shapes[key]}" for key in shapes if key not in state]
