@@ -8,11 +8,13 @@ Every field of the config (all of them stand in configs/base.py) can be set here
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from configs import base
 from simam_jax import errors
+
+with errors.as_message():  # what a bare install lacks
+    from absl import app, flags, logging
+    from ml_collections import config_flags
+
+    from configs import base
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe: configs/NAME.py, or configs/NAME.py:ARGUMENT=VALUE."

@@ -35,7 +35,6 @@ CONVOLUTIONS = [
     ("3x3", (16, 56, 56, 64), 3, 64, 1, 1),
     ("3x3", (16, 14, 14, 256), 3, 256, 1, 1),
     ("image", (16, 224, 224, 3), 7, 64, 2, 1),
-    ("image 3x3", (16, 224, 224, 3), 3, 32, 2, 1),
     ("depthwise", (16, 112, 112, 96), 3, 96, 2, 96),
     ("depthwise", (16, 28, 28, 192), 3, 192, 1, 192),
     ("grouped", (16, 28, 28, 256), 3, 256, 1, 32),
@@ -155,10 +154,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "no form of ours": lambda: dispatch.lowering_for(PLATFORM),
     "pointwise by XLA": _as_xla("pointwise"),
     "3x3 by XLA": _as_xla("3x3"),
-    "images by XLA": _as_xla("image", "image 3x3"),
-    "images of 3x3 kernels as those of larger ones": lambda: _replaced(
-        convolution.CPU_FORMS, ["image 3x3"], convolution.CPU_FORMS["image"]
-    ),
+    "images by XLA": _as_xla("image"),
     "depthwise by XLA": _as_xla("depthwise"),
     "SimAM and batch norm apart": lambda: _replaced(simam_batch_norm, ["_recompute_once"], simam_batch_norm._unfused),
     "max pooling by XLA": lambda: _replaced(pooling, ["_by_axes"], pooling.by_windows),

@@ -34,7 +34,8 @@ def train_step_on(mesh: Mesh, name: str, attention: str, count: int, dtype: str 
     """The update of `train.py`, its model, and what makes a state of variables: `step(make_state(variables), batch)`."""
     config = base.get_config()
     config.batch_size, config.model.bn_group_size = count, 0
-    model = simam_jax.create_model(name, num_classes=1000, attention=attention, axis_name=AXIS, dtype=dtype)
+    settings = {"attention": attention, "axis_name": AXIS, "dtype": dtype, "trace_blocks_once": True}
+    model = simam_jax.create_model(name, num_classes=1000, **settings)
 
     def rate(_step: ArrayLike) -> jax.Array:
         return jnp.asarray(0.1)

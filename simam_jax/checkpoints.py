@@ -21,6 +21,7 @@ from absl import logging
 from simam_jax import stored_arrays
 from simam_jax.errors import UserError
 from simam_jax.fingerprints import checksum, differences, layout, layout_number
+from simam_jax.paths import local
 from simam_jax.task import Tree
 
 FOLDER = "checkpoints"
@@ -89,7 +90,7 @@ def first_readable(path: str | Path, read_one: Callable[[Path], T]) -> T:
     Raises:
         UserError: there is no checkpoint, or all are damaged.
     """
-    path = Path(path).expanduser().absolute()
+    path = local(path).absolute()
     if not path.exists():
         raise UserError(f"There is no checkpoint at {path}: no such folder.")
     inside = next((each for each in (folder(path), path) if each.name == FOLDER and each.is_dir()), None)

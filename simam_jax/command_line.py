@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simam_jax import errors
+from simam_jax.paths import local
 from simam_jax.progress import duration
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def read_class_names(path: str, count: int | None = None) -> list[str]:
         UserError: it cannot be read, or does not hold `count` names.
     """
     try:
-        names = Path(path).expanduser().read_text().splitlines()
+        names = local(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UserError(f"--class-names={path} cannot be read: {error}") from error
     if count is not None and len(names) != count:
@@ -85,7 +86,7 @@ def find_images(paths: list[str]) -> list[Path]:
     """
     found = []
     left_out: collections.Counter[str] = collections.Counter()
-    for path in (Path(path).expanduser() for path in paths):
+    for path in map(local, paths):
         if not path.is_dir():
             if not path.exists():
                 raise errors.UserError(f"There is no file or folder {path}.")

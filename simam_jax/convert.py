@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from simam_jax import checkpoints, errors
-from simam_jax.command_line import read_class_names
+from simam_jax.command_line import add_network_arguments, read_class_names
+from simam_jax.paths import local
 from simam_jax.preprocessing import Preprocessing
 from simam_jax.torch_weights.files import write_state
 from simam_jax.torch_weights.names import to_torch
@@ -29,11 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="with --to-torch: `module.` before every name, as the reference implementation's ImageNet script has it",
     )
-    parser.add_argument("--model", help="the network's name, such as resnet50 (not with --to-torch: the workdir knows)")
-    parser.add_argument("--attention", default="simam", help="none, simam (default), se or cbam")
-    parser.add_argument(
-        "--attention-param", type=float, help="lambda of simam, reduction of se and cbam; default: the paper's"
-    )
+    add_network_arguments(parser, of="of a file: ")
     parser.add_argument("--num-classes", type=int, help="default: as the file has it")
     parser.add_argument("--skip-head", action="store_true", help="draw a new classifier, for --num-classes classes")
     parser.add_argument("--key", help="under which key of the file the weights are, where there are several")
@@ -54,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _torch_to_workdir(args: argparse.Namespace) -> None:
-    dest = Path(args.dest).expanduser()
+    dest = local(args.dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise errors.UserError(f"{dest} exists already: nothing was written. Name a new folder.")
     if args.skip_head:

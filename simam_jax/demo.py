@@ -39,7 +39,9 @@ def look(predictor: "Predictor", upload: bytes) -> dict[str, Any]:
     Raises:
         UserError: the upload is no image that can be read.
     """
-    pixels = predictor.preprocessing(_decode(upload))
+    if not upload:
+        raise errors.UserError("The file is empty.")
+    pixels = predictor.preprocessing(upload)
     probabilities = np.asarray(predictor.probabilities(pixels[None]))
     results = Predictions(probabilities, predictor.class_names)
     (top,), (shown,) = results.rows(5), results.draw(pixels[None])
@@ -57,24 +59,6 @@ def look(predictor: "Predictor", upload: bytes) -> dict[str, Any]:
             "range": [float(heat.min()), float(heat.max())],
         }
     return seen
-
-
-def _decode(upload: bytes) -> "Image.Image":
-    from PIL import Image, ImageOps
-
-    from simam_jax.preprocessing import MAX_PIXELS
-
-    if not upload:
-        raise errors.UserError("The file is empty.")
-    try:
-        with Image.open(io.BytesIO(upload)) as image:
-            return ImageOps.exif_transpose(image)  # turned as the browser shows it
-    except Image.DecompressionBombError as error:
-        raise errors.UserError(f"The image has more than {MAX_PIXELS:,} pixels: make it smaller first.") from error
-    except Exception as error:  # broken files make decoders raise anything
-        raise errors.UserError(
-            "This is no image, or a damaged one, or of a kind that is not read. JPEG, PNG, WebP, GIF, BMP and TIFF are."
-        ) from error
 
 
 def _data_url(image: "Image.Image") -> str:

@@ -57,6 +57,17 @@ def naming_extras() -> Iterator[None]:
         raise missing_package(*_EXTRAS[module]) from error
 
 
+@contextlib.contextmanager
+def as_message() -> Iterator[None]:
+    """Ends the process with 2 and the bare message of a `UserError`, or of a missing package, inside the block."""
+    try:
+        with naming_extras():
+            yield
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")  # in one piece: other threads may be writing there
+        sys.exit(2)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: 0 or what it returns; 2 with the bare message for a `UserError`.
 
@@ -64,9 +75,5 @@ def run_cli(main: Callable[[], int | None]) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # reading images does not use it, and it announces itself
-    try:
-        with naming_extras():
-            sys.exit(main() or 0)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")  # in one piece: other threads may be writing there
-        sys.exit(2)
+    with as_message():
+        sys.exit(main() or 0)

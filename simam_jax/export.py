@@ -19,6 +19,7 @@ import numpy as np
 
 from simam_jax import errors
 from simam_jax.command_line import add_checkpoint_arguments, load_predictor
+from simam_jax.paths import local
 
 if TYPE_CHECKING:
     from simam_jax.inference import Predictor
@@ -46,7 +47,7 @@ def export(predictor: "Predictor", format: str, output: str | Path) -> float:
         UserError: no such format, a package is missing, `output` exists or cannot be written, or the logits differ.
     """
     check(format, output)
-    output, network, size = Path(output), _network(predictor), predictor.preprocessing.image_size
+    output, network, size = local(output), _network(predictor), predictor.preprocessing.image_size
     how = FORMATS[format]
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
@@ -70,10 +71,11 @@ def check(format: str, output: str | Path) -> None:
     missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise errors.missing_package(" and ".join(missing), FORMATS[format].extra, f"The format {format}")
+    output = local(output)
     if os.path.lexists(output):
         raise errors.UserError(f"{output} exists already: nothing was written. Name another output.")
-    if not Path(output).parent.is_dir():
-        raise errors.UserError(f"There is no folder {Path(output).parent} to write {Path(output).name} into.")
+    if not output.parent.is_dir():
+        raise errors.UserError(f"There is no folder {output.parent} to write {output.name} into.")
 
 
 def write_stablehlo(network: Network, image_size: int, path: Path) -> None:

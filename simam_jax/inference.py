@@ -77,7 +77,7 @@ class Predictor:
                 A `name` that is not the checkpoint's is an error.
             preprocessing: None: the checkpoint's; for weights without one what the reference implementation feeds that
                 network with, which is said.
-            class_names: None: the checkpoint's; for a file numbers.
+            class_names: None: those stored with the weights; else ImageNet's for a network of its 1,000, or numbers.
             ema: the exponential moving average of the variables, where the run kept one.
             batch_size: the most images computed at once.
 
@@ -96,7 +96,7 @@ class Predictor:
         if preprocessing is None:
             preprocessing = weights.preprocessing_of(found)
         if class_names is None:
-            class_names = found.spec.get("class_names")
+            class_names = weights.class_names_of(found)
         return cls(found.model, found.variables, preprocessing, class_names, batch_size=batch_size)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Predictions:

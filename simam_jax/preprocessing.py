@@ -1,17 +1,20 @@
 """One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with.
 
-PIL is imported when the first image is read.
+PIL is imported when the first image is read. Pixels are taken as they are stored: EXIF rotation is ignored and transparency
+is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simam_jax.errors import UserError, naming_extras
+from simam_jax.paths import local
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +51,8 @@ class Preprocessing:
 
         Args:
             image: a path, a file, the bytes of one, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
-                uint8 in 0..255; a torch tensor may also be (1, H, W), (3, H, W) or (4, H, W).
+                uint8 in 0..255; a torch tensor may also be (1, H, W), (3, H, W) or (4, H, W). Of an animation the first
+                picture.
 
         Raises:
             UserError: no readable image; the message names it.
@@ -57,7 +61,7 @@ class Preprocessing:
             from PIL import Image
 
         if isinstance(image, str | os.PathLike):
-            name, source = str(image), Path(image).expanduser()
+            name, source = str(image), local(image)
             if not source.is_file():
                 raise UserError(f"{source} is {'a folder, not an image' if source.is_dir() else 'no file'}.")
         elif isinstance(image, bytes):
@@ -68,15 +72,11 @@ class Preprocessing:
             name, source = "The image", ""
         else:
             return self._pixels(_from_array(_as_array(image)), "The array")
-        try:
+        with naming_the_reason(name):
             if isinstance(image, Image.Image):
                 return self._pixels(image, name)
             with Image.open(source) as opened:
                 return self._pixels(opened, name)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's ways to say no
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{name} cannot be read as an image: {_reason(error)}.") from error
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of an image that the network sees: left, top, right, bottom in pixels."""
@@ -100,7 +100,7 @@ class Preprocessing:
             raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
         # Only the part that is seen is resized: a panorama would not fit in memory at that height.
         size = (self.image_size, self.image_size)
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image, name)
         return np.asarray(rgb.resize(size, Image.Resampling.BILINEAR, box=self.box(width, height)))
 
 
@@ -108,11 +108,37 @@ IMAGENET = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = Preprocessing(32, 0, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
-def _to_rgb(image: "Image.Image") -> "Image.Image":
+@contextlib.contextmanager
+def naming_the_reason(name: str) -> Iterator[None]:
+    """Turns what PIL raises for a damaged file into a `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make decoders raise anything
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if text.startswith("cannot identify image file"):
+            text = "it is damaged, or of a kind that PIL does not know"
+        raise UserError(f"{name} cannot be read as an image: {text}.") from error
+
+
+def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":
+    """The image in PIL's mode RGB; of values of 16 bits the upper 8 are kept.
+
+    Raises:
+        UserError: its values are floating, or integers of more than 16 bits: which one is white is not known.
+    """
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16 bits a value: PIL's own conversion would cut off instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise UserError(f"{name} has floating-point values: save it with 8 or 16 bits a value.")
+    if image.mode.startswith("I"):  # PIL's own conversion would cut off instead of scaling
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise UserError(
+                f"{name} has values of {values.min()} to {values.max()}: save it with 8 or 16 bits a value, 0 to 65535."
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -150,7 +176,3 @@ def _from_array(array: np.ndarray) -> "Image.Image":
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         raise UserError(f"An image as an array must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}.")
     return Image.fromarray(array)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -11,6 +11,7 @@ import numpy as np
 from simam_jax import errors
 from simam_jax.classification import curves, explain, figures
 from simam_jax.command_line import add_checkpoint_arguments, exit_code, find_images, load_predictor, skip
+from simam_jax.paths import local
 from simam_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _draw_grad_cam(args: argparse.Namespace) -> int:
 
 
 def _draw_curves(args: argparse.Namespace) -> int:
-    names = [Path(workdir).resolve().name for workdir in args.workdirs]
+    names = [local(workdir).resolve().name for workdir in args.workdirs]
     if len(set(names)) < len(names):
         names = args.workdirs
     runs = {name: curves.read_curves(path) for name, path in zip(names, args.workdirs, strict=True)}

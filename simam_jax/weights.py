@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from simam_jax import checkpoints
 from simam_jax.errors import UserError, unknown
 from simam_jax.models import HEAD, MODELS, Classifier, create_model, variable_shapes
+from simam_jax.paths import local
 from simam_jax.preprocessing import Preprocessing
 from simam_jax.torch_weights.files import read_state
 from simam_jax.torch_weights.variables import check_finite, from_torch
@@ -113,7 +115,7 @@ def load_weights(
     Raises:
         UserError: nothing that can be read is there, or it is of another model.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.is_file():
         found = _from_checkpoint(path, ema)
         if name not in (None, found.model.architecture):
@@ -141,7 +143,7 @@ def _from_checkpoint(path: str | os.PathLike[str], ema: bool) -> Weights:
         check_finite(items[item], str(checkpoint))
         return Weights(model, items[item], meta)
 
-    return checkpoints.first_readable(Path(path).expanduser(), read_one)
+    return checkpoints.first_readable(local(path), read_one)
 
 
 def preprocessing_of(found: Weights) -> Preprocessing:
@@ -151,6 +153,16 @@ def preprocessing_of(found: Weights) -> Preprocessing:
     assumed = MODELS[found.model.architecture].preprocessing
     logging.warning("The weights do not say how images were prepared; assumed: %s.", asdict(assumed))
     return assumed
+
+
+def class_names_of(found: Weights) -> list[str] | None:
+    """The names of the classes: as stored with the weights; ImageNet's for an ImageNet network of 1,000; else None."""
+    if stored := found.spec.get("class_names"):
+        return list(stored)
+    if not found.model.num_classes == MODELS[found.model.architecture].num_classes == 1000:
+        return None
+    logging.warning("The weights do not name their classes; assumed: ImageNet's 1,000.")
+    return (resources.files("simam_jax") / "imagenet_classes.txt").read_text().splitlines()
 
 
 # ---- where a run starts from
@@ -170,7 +182,7 @@ def start_from(
     Raises:
         UserError: they do not fit, or their head is for other classes.
     """
-    if Path(path).expanduser().is_dir():
+    if local(path).is_dir():
         start = _from_checkpoint(path, ema=False)
         found = start.variables
         same = ("attention", "attention_param")  # what the parameters' names and shapes do not tell

@@ -1,5 +1,6 @@
 """Pixels against torchvision's transforms, written out here with PIL; odd images; the distributions of what is drawn."""
 
+import contextlib
 import io
 import math
 
@@ -10,6 +11,8 @@ from sklearn.datasets import load_sample_images
 
 from simam_jax.data import augment, images
 from simam_jax.data.tensorflow_cpu import tf
+from simam_jax.errors import UserError
+from simam_jax.preprocessing import Preprocessing
 
 SIZE = 96
 
@@ -192,6 +195,68 @@ def test_odd_images(encoded, expected):
     assert mean < 1.5 if opened(encoded).size == (500, 375) and encoded[:2] == b"\xff\xd8" else mean < 0.4
     assert exact_crop(encoded, draws(40, 0, 0)).shape == (SIZE, SIZE, 3)
     assert fast_crop(encoded, draws(40, 0, 0)).shape == (SIZE, SIZE, 3)
+
+
+MODES = ("1", "L", "LA", "La", "P", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I", "F")
+
+
+def in_every_mode(kind):
+    """(mode, encoded) for each of PIL's modes that a format can hold, with transparency where it has any."""
+    photo = Image.fromarray(load_sample_images().images[0]).resize((64, 48))
+    grey = np.asarray(photo.convert("L"))
+    numbers = {"I;16": np.uint16(257) * grey, "I": np.int32(257) * grey, "F": grey / np.float32(255)}
+    slope = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1)))
+    for mode in MODES:
+        options = {}
+        if mode in numbers:
+            image = Image.fromarray(numbers[mode])
+        elif mode == "P":
+            image, options = photo.quantize(64), {"transparency": 3} if kind in ("PNG", "GIF", "WEBP") else {}
+        else:
+            image = photo.convert("LA" if mode == "La" else "RGBA" if mode == "RGBa" else mode)
+            if image.mode in ("LA", "RGBA"):
+                image.putalpha(slope)
+            image = image.convert(mode)
+        buffer = io.BytesIO()
+        with contextlib.suppress(OSError, ValueError):  # not in this format
+            image.save(buffer, kind, **options)
+            yield mode, buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+def test_training_and_prediction_see_the_same_pixels_of_every_mode_and_format(kind):
+    how, seen = Preprocessing(48, 0, (0, 0, 0), (1, 1, 1)), 0
+    for mode, encoded in in_every_mode(kind):
+        image = Image.open(io.BytesIO(encoded))
+        seen += 1
+        if image.mode == "F":
+            for read in (how, lambda encoded: images.centre_crop(encoded, size=48, resize=0)):
+                with pytest.raises(Exception, match="floating-point values: save it with 8 or 16 bits"):
+                    read(encoded)
+            continue
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        expected = np.asarray(image.convert("RGB").resize((48, 48), Image.BILINEAR))
+        np.testing.assert_array_equal(how(encoded), expected, err_msg=mode)
+        trained = images.centre_crop(encoded, size=48, resize=0).numpy()
+        assert np.abs(trained.astype(int) - expected).max() <= 1, mode
+    assert seen >= 5  # what a format can hold depends on the version of PIL
+
+
+def test_an_animation_is_its_first_picture():
+    first, second = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=[second])
+    trained = images.centre_crop(buffer.getvalue(), size=48, resize=0).numpy()
+    np.testing.assert_array_equal(trained, np.full((48, 48, 3), (255, 0, 0)))
+    np.testing.assert_array_equal(Preprocessing(48, 0, (0, 0, 0), (1, 1, 1))(buffer.getvalue()), trained)
+
+
+def test_integers_of_more_than_16_bits_are_refused():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(buffer, "TIFF")
+    with pytest.raises(UserError, match="values of 70000 to 70000: save it with 8 or 16 bits"):
+        Preprocessing(4, 0, (0, 0, 0), (1, 1, 1))(buffer.getvalue())
 
 
 def test_large_photographs_are_shrunk_by_the_jpeg_decoder_where_fast_is_asked_for():

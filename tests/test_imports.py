@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "simam_jax"
 # From the bottom to the top. What stands on one line may not import from a later one; a package stands for all its files.
 LAYERS = (
     ("errors", "initializers"),
-    ("progress", "task"),
+    ("progress", "task", "paths"),
     ("ops",),
     ("layers", "preprocessing", "stored_arrays", "fingerprints"),
     ("attention", "rcnn"),

@@ -10,10 +10,12 @@ from sklearn.datasets import load_sample_images
 
 import simam_jax
 from simam_jax import checkpoints, predict
+from simam_jax.convert import write_state
 from simam_jax.inference import Predictor
 from simam_jax.models import init_variables
 from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
+from simam_jax.torch_weights.names import to_torch
 
 SPEC = {"name": "cifar_resnet20", "num_classes": 7, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = [f"class {letter}" for letter in "abcdefg"]
@@ -155,8 +157,8 @@ def test_arrays_that_are_no_images_are_errors(predictor, array, message):
 
 
 def test_files_of_pytorch_need_a_name_and_take_its_preprocessing(predictor, tmp_path):
-    state = simam_jax.convert.to_torch(predictor.variables, "cifar_resnet20")
-    simam_jax.convert.write_state(state, tmp_path / "weights.npz")
+    state = to_torch(predictor.variables, "cifar_resnet20")
+    write_state(state, tmp_path / "weights.npz")
     with pytest.raises(simam_jax.UserError, match="give its name"):
         Predictor.load(tmp_path / "weights.npz")
     loaded = Predictor.load(tmp_path / "weights.npz", name="cifar_resnet20")
@@ -164,6 +166,19 @@ def test_files_of_pytorch_need_a_name_and_take_its_preprocessing(predictor, tmp_
     assert loaded.class_names == tuple("0123456")
     image = np.zeros((32, 32, 3), np.uint8)
     assert loaded(image).probabilities.shape == (1, 7)
+
+
+def test_imagenets_class_names_are_assumed_where_they_fit_and_said(tmp_path, caplog):
+    for classes in (1000, 999):
+        model = simam_jax.create_model("resnet18", num_classes=classes)
+        write_state(to_torch(init_variables(model, jax.random.key(0)), "resnet18"), tmp_path / f"{classes}.npz")
+    with caplog.at_level("WARNING"):
+        names = Predictor.load(tmp_path / "1000.npz", name="resnet18").class_names
+    assert "assumed: ImageNet's 1,000" in caplog.text
+    assert len(set(names)) == 1000
+    # As the indices of the published networks go.
+    assert [names[i] for i in (0, 207, 281, 999)] == ["tench", "golden retriever", "tabby", "toilet tissue"]
+    assert Predictor.load(tmp_path / "999.npz", name="resnet18").class_names[:2] == ("0", "1")
 
 
 def test_wrong_requests_are_errors(workdir, predictor):

@@ -34,9 +34,7 @@ def test_what_is_in_the_way_is_one_error_at_the_start(name, make, tmp_path):
         writable(workdir)
 
 
-@pytest.mark.parametrize(
-    "workdir", ["gs://bucket/run", "x" * 256, os.fsdecode(b"\xff"), "/".join(["d" * 200] * 25), "a\0b"]
-)
+@pytest.mark.parametrize("workdir", ["x" * 256, os.fsdecode(b"\xff"), "/".join(["d" * 200] * 25), "a\0b"])
 def test_a_name_that_cannot_be_is_refused_and_nothing_is_made(workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="workdir="):

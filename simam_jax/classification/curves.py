@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from simam_jax import errors
+from simam_jax.paths import local
 
 
 def read_curves(workdir: str | Path) -> dict[str, np.ndarray]:
@@ -19,7 +20,7 @@ def read_curves(workdir: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the folder has no metrics, or they hold no accuracy yet.
     """
-    path = Path(workdir) / "metrics.jsonl"
+    path = local(workdir) / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines()
     except OSError as error:

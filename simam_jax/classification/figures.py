@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from simam_jax import errors
+from simam_jax.paths import local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,9 +184,10 @@ def check_ending(path: str | Path) -> Path:
     Raises:
         UserError: its ending is not in `ENDINGS`.
     """
-    if Path(path).suffix.lower() not in ENDINGS:
-        raise errors.unknown("ending", Path(path).suffix, ENDINGS)
-    return Path(path)
+    path = local(path)
+    if path.suffix.lower() not in ENDINGS:
+        raise errors.unknown("ending", path.suffix, ENDINGS)
+    return path
 
 
 def _float(x: jax.Array) -> np.ndarray:

@@ -42,6 +42,7 @@ def make_task(config: ConfigDict) -> Task:
         dtype=config.model.dtype,
         bn_group_size=config.model.bn_group_size,
         axis_name=AXIS,
+        trace_blocks_once=True,
     )
     check_groups(config, jax.device_count())
     spec = {
@@ -165,7 +166,8 @@ def _eval_batches(config: ConfigDict, records: data.Records) -> Iterator[Batch]:
 
 
 def _costs(model: Any, config: ConfigDict) -> dict[str, str]:
-    totals = summarize(model, config.data.image_size)
+    each_block = model.clone(backbone=model.backbone.clone(trace_blocks_once=False))  # each is counted
+    totals = summarize(each_block, config.data.image_size)
     return {
         "model": f"{config.model.name}, attention {config.model.attention}, {model.num_classes} classes",
         "parameters": f"{totals.params / 1e6:.2f} M",

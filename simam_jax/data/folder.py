@@ -16,6 +16,7 @@ from simam_jax.data import cache
 from simam_jax.data.records import Records
 from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.errors import UserError
+from simam_jax.paths import local
 
 ENDINGS = (b".jpeg", b".jpg", b".png", b".bmp", b".gif", b".webp")  # what TensorFlow decodes
 SETTLED_NS = 2_000_000_000  # nanoseconds; file systems keep times no coarser than this
@@ -45,7 +46,7 @@ def open_tree(config: ConfigDict, split: str) -> Records:
     """
     if not config.data_dir:
         raise UserError("The source 'folder' needs config.data.data_dir: the folder that holds train/CLASS/*.JPEG.")
-    root = Path(config.data_dir).expanduser().resolve()
+    root = local(config.data_dir).resolve()
     if not (root / split).is_dir():
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
         raise errors.unknown(f"folder in {root}" if found else f"folder {root},", split, found or ["an existing one"])

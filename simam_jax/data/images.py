@@ -1,14 +1,18 @@
 """One image: from encoded bytes to uint8 pixels (size, size, 3), as torchvision's transforms on PIL images make them.
 
 Random numbers come in as `uniform`, float32 in [0, 1), so that every function here is deterministic. Only the part of a
-JPEG that is needed gets decoded. EXIF rotation is ignored, as PIL ignores it; transparency is dropped.
+JPEG that is needed gets decoded. EXIF rotation is ignored and transparency dropped, as in `simam_jax.preprocessing`.
 """
 
+import io
 import math
 from collections.abc import Callable
-from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from simam_jax.data.tensorflow_cpu import tf
+from simam_jax.preprocessing import naming_the_reason, to_rgb
 
 Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width in whole pixels, int32
 
@@ -136,8 +140,8 @@ def _decode(
         return pixels, height, width
 
     def other() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        with tf.control_dependencies([_no_palette_bitmap(encoded)]):
-            pixels = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
+        pixels = tf.cond(is_png, lambda: tf.io.decode_png(encoded, channels=3), lambda: _decode_with_pil(encoded))
         height, width, _ = tf.unstack(tf.shape(pixels))
         box = choose_box(height, width)
         return pixels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]], height, width
@@ -146,11 +150,14 @@ def _decode(
     return tf.ensure_shape(pixels, (None, None, 3)), height, width
 
 
-def _no_palette_bitmap(encoded: tf.Tensor) -> Any:
-    """Raises for a BMP of fewer than 24 bits a pixel: TensorFlow takes the indices of its palette for grey values."""
-    is_bitmap = tf.strings.substr(encoded, 0, 2) == "BM"
-    header = tf.io.decode_raw(tf.strings.substr(tf.strings.join((encoded, 30 * "\0")), 0, 30), tf.uint8)
-    return tf.debugging.Assert(~is_bitmap | (header[28] >= 24), ["It is a BMP with a palette: save it as PNG."])
+def _decode_with_pil(encoded: tf.Tensor) -> tf.Tensor:
+    """An image of any other kind: TensorFlow's decoders take palettes for grey values and refuse or blacken transparency."""
+
+    def decode(encoded: bytes) -> np.ndarray:
+        with naming_the_reason("The image"), Image.open(io.BytesIO(encoded)) as image:
+            return np.asarray(to_rgb(image))
+
+    return tf.ensure_shape(tf.numpy_function(decode, [encoded], tf.uint8), (None, None, 3))
 
 
 def _resample(pixels: tf.Tensor, size: int, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:

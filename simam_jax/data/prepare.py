@@ -8,10 +8,10 @@ It takes hours and, beside the tar files, about twice 150 GB while it runs.
 """
 
 import argparse
-from pathlib import Path
 
 from simam_jax import errors
 from simam_jax.errors import UserError
+from simam_jax.paths import local
 
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
@@ -34,7 +34,7 @@ def prepare(name: str, *, data_dir: str = "", tars: str = "") -> str:
     if builder.info.splits:
         return str(builder.data_dir)
     if builder.name == "imagenet2012":
-        folder = Path(tars or builder.data_dir_root / "downloads" / "manual").expanduser()
+        folder = local(tars or builder.data_dir_root / "downloads" / "manual")
         missing = [tar for tar in IMAGENET_TARS if not (folder / tar).is_file()]
         if missing:
             raise UserError(

@@ -27,6 +27,7 @@ class Backbone(nn.Module, kw_only=True):
     dtype: jnp.dtype = jnp.dtype("float32")  # of the computation; parameters are float32 (float64 if dtype is)
     bn_group_size: int = 0  # images per batch-norm statistic; see layers.BatchNorm
     axis_name: str | None = None  # the mesh axis that the batch is sharded over, where there is one
+    trace_blocks_once: bool = False  # equal blocks are traced once; see blocks.traced_once
 
     def __call__(self, x: jax.Array, train: bool = False) -> Features:
         raise NotImplementedError

@@ -4,8 +4,9 @@ Submodules carry PyTorch's names (`conv1`, `bn1`, ..., `downsample_0`); the atte
 An extent (N, 2) is that of x, in places: see `ops.extent`.
 """
 
-from functools import partial
-from typing import ClassVar
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
@@ -16,8 +17,17 @@ from simam_jax.ops.activations import relu
 from simam_jax.ops.extent import at_stride
 from simam_jax.ops.pooling import average_pool_2x2
 
-# Blocks of equal settings and shapes are traced once: ResNet-101's update in 3 s instead of 8. `train` is passed by name.
-traced_once = partial(nn.jit, static_argnames=("train",))
+
+@functools.cache
+def traced_once(block: Callable[..., Any]) -> Callable[..., Any]:
+    """The class `block`, or a partial of one, with instances of equal settings and shapes traced once, the first time.
+
+    ResNet-101's update is traced in 3 s instead of 8. What looks into a network while it is traced, such as
+    `flax.linen.intercept_methods`, sees one of the equal blocks.
+    """
+    if isinstance(block, functools.partial):
+        return functools.partial(traced_once(block.func), *block.args, **block.keywords)
+    return nn.jit(block, static_argnums=(2,))  # train
 
 
 class BasicBlock(nn.Module):
@@ -28,7 +38,6 @@ class BasicBlock(nn.Module):
     stride: int = 1
     expansion: ClassVar[int] = 1
 
-    @traced_once
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, extent: jax.Array | None = None) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm
@@ -53,7 +62,6 @@ class Bottleneck(nn.Module):
     pool: bool = False
     expansion: ClassVar[int] = 4
 
-    @traced_once
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, extent: jax.Array | None = None) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm
@@ -82,7 +90,6 @@ class PreActBlock(nn.Module):
     dropout_rate: float = 0.0
     expansion: ClassVar[int] = 1
 
-    @traced_once
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm
@@ -106,7 +113,6 @@ class PreActBottleneck(nn.Module):
     stride: int = 1
     expansion: ClassVar[int] = 4
 
-    @traced_once
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm
@@ -132,7 +138,6 @@ class InvertedResidual(nn.Module):
     expansion: int = 6
     cifar: bool = False
 
-    @traced_once
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         make, conv, norm = self.make, self.make.conv, self.make.norm

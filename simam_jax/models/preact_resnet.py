@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from simam_jax.initializers import Initializer, torch_uniform
 from simam_jax.models.backbone import Backbone, Features
+from simam_jax.models.blocks import traced_once
 
 
 class PreActResNet(Backbone, kw_only=True):
@@ -24,12 +25,11 @@ class PreActResNet(Backbone, kw_only=True):
         make, stages = self.factory(kernel_init=self.kernel_init), {}
         extra = {"dropout_rate": self.dropout_rate} if self.dropout_rate else {}
         x = make.conv(16, 3, name="conv1")(x)
+        block = traced_once(self.block) if self.trace_blocks_once else self.block
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(
-                    x, train=train
-                )
+                x = block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}", **extra)(x, train)
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)
         return nn.relu(make.norm(name="bn")(x, train)), stages

@@ -134,6 +134,7 @@ def create_backbone(
     dtype: DTypeLike = jnp.float32,
     bn_group_size: int = 0,
     axis_name: str | None = None,
+    trace_blocks_once: bool = False,
 ) -> Backbone:
     """The network of that name without its head, to be used as `models.backbone.Backbone` says.
 
@@ -145,6 +146,7 @@ def create_backbone(
         dtype: of the computation: float32, bfloat16, float16, or float64 (with jax_enable_x64).
         bn_group_size: images per batch-norm statistic in training; 0: all of one device. See `layers.BatchNorm`.
         axis_name: the mesh axis of a surrounding `jax.shard_map`, over which training batches are sharded.
+        trace_blocks_once: JAX traces equal blocks once, which starts sooner: see `blocks.traced_once`.
 
     Raises:
         UserError: a name that is in no table, or a number out of range.
@@ -161,6 +163,7 @@ def create_backbone(
         dtype=_dtype(dtype),
         bn_group_size=bn_group_size,
         axis_name=axis_name,
+        trace_blocks_once=trace_blocks_once,
     )
 
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 from simam_jax.initializers import Initializer, he_normal
 from simam_jax.layers import LayerFactory
 from simam_jax.models.backbone import Backbone, Features
+from simam_jax.models.blocks import traced_once
 from simam_jax.ops.extent import at_stride, zero_beyond
 from simam_jax.ops.pooling import max_pool
 
@@ -28,11 +29,11 @@ class ResNet(Backbone, kw_only=True):
         make, stages = self.factory(kernel_init=self.kernel_init), {}
         x = self._stem(make, x, train, extent)
         extent = at_stride(extent, 1 if self.stem == "3x3" else 4)
+        block = traced_once(self.block) if self.trace_blocks_once else self.block
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = self.block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")
-                x = block(x, train=train, extent=extent)
+                x = block(make, self.width * 2**stage, stride, name=f"layer{stage + 1}_{i}")(x, train, extent)
                 extent = at_stride(extent, stride)
             name = f"layer{stage + 1}"
             stages[name] = x = self.perturbed(name, x)

@@ -76,12 +76,13 @@ def _kind(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str:
         return "small grouped" if small else "grouped"
     if size == 1 and geometry.padding == 0:
         return "pointwise"
-    if channels < FEW and not small:
-        return "image" if size > 3 else "image 3x3"
+    if small:
+        return "dense"
+    if channels < FEW:
+        return "image" if size > 3 else "dense"
     # Narrower types have too few digits for Winograd's sums.
-    if size == 3 and geometry.stride == geometry.padding == 1 and jnp.finfo(x.dtype).bits >= 32 and not small:
-        return "3x3"
-    return "dense"
+    precise = jnp.finfo(x.dtype).bits >= 32
+    return "3x3" if size == 3 and geometry.stride == geometry.padding == 1 and precise else "dense"
 
 
 def _with_gradients(value: Bilinear, kernel_gradient: Bilinear, input_gradient: Bilinear) -> Bilinear:
@@ -185,15 +186,12 @@ def _in_cache(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int
 
 
 def _depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """A depthwise convolution, or one of few channels, as a sum of shifted products, fused into one loop over the result."""
-    size, _, inputs, _ = kernel.shape
+    """A depthwise convolution as a sum of shifted products, fused into one loop over the result."""
     result = output_size(x, kernel, geometry)
 
     def taps(padded: jax.Array, kernel: jax.Array) -> jax.Array:
-        # A depthwise kernel has one input, and tap[..., 0::1] is the whole tap; of others each channel meets all outputs.
         first, *others = (
-            _tap(padded, (i, j), result, geometry.stride)[..., c::inputs] * kernel[i, j, c]
-            for i, j, c in np.ndindex(size, size, inputs)
+            _tap(padded, (i, j), result, geometry.stride) * kernel[i, j] for i, j in np.ndindex(kernel.shape[:2])
         )
         return sum(others, start=first)
 
@@ -260,7 +258,6 @@ CPU_FORMS = {
     "dense": Forms(xla),
     # Of a large kernel a sum has so many terms that XLA's value is faster.
     "image": Forms(xla, _im2col_columns, _im2col),
-    "image 3x3": Forms(_depthwise, _im2col_columns, _im2col),
     "grouped": Forms(_grouped),
     "small grouped": Forms(xla, _grouped, _grouped),
 }

@@ -67,7 +67,9 @@ def varying_as(x: Any, *others: Any) -> Any:
 
     The choice between equal arrays has that type, and costs nothing: XLA removes it.
     """
-    firsts = [leaf[(0,) * leaf.ndim] for leaf in map(jnp.asarray, jax.tree.leaves(others)) if is_symbolic(leaf) or leaf.size]
+    firsts = [
+        leaf[(0,) * leaf.ndim] for leaf in map(jnp.asarray, jax.tree.leaves(others)) if is_symbolic(leaf) or leaf.size
+    ]
     always = functools.reduce(jnp.logical_or, [first == first for first in firsts])
     return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), x)
 

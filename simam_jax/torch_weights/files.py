@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from simam_jax import errors
+from simam_jax.paths import local
 from simam_jax.torch_weights.names import COUNTER, State
 
 ENDINGS = (".pth.tar", ".pth", ".safetensors", ".npz")
@@ -42,7 +43,7 @@ def read_state(path: str | os.PathLike[str], *, key: str | None = None, ema: boo
     Raises:
         UserError: no such file, damaged, not a file of weights, or a library that reads it is not installed.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.is_file():
         raise errors.UserError(f"There is no file {path}.")
     _refuse_what_was_downloaded_wrongly(path)
@@ -232,7 +233,7 @@ def write_state(state: State, path: str | Path, about: Mapping[str, Any] | None 
     Raises:
         UserError: the file exists, its ending says no format, or a library that writes it is not installed.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     writers = {".safetensors": _write_safetensors, ".npz": _write_npz, ".pth": _write_torch, ".tar": _write_torch}
     if path.exists():
         raise errors.UserError(f"{path} exists already: nothing was written. Name another file.")

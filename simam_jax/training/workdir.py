@@ -15,6 +15,7 @@ import jax
 
 from simam_jax import checkpoints
 from simam_jax.errors import UserError
+from simam_jax.paths import local
 
 LOG, METRICS, LOCK = "train.log", "metrics.jsonl", "lock"
 LONGEST_NAME = "x" * 100  # of a file that a run writes, TensorBoard's
@@ -26,9 +27,7 @@ def writable(workdir: str | Path) -> Path:
     Raises:
         UserError: it cannot be made or written, or something else has the name of one of the run's files.
     """
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is an address: name a folder of this machine's file systems.")
-    path = Path(workdir).expanduser().absolute()
+    path = local(workdir).absolute()
     try:
         str(path).encode()  # TensorBoard's files and the log need a name that is UTF-8
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
