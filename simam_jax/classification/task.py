@@ -166,7 +166,7 @@ def _eval_batches(config: ConfigDict, records: data.Records) -> Iterator[Batch]:
 
 
 def _costs(model: Any, config: ConfigDict) -> dict[str, str]:
-    each_block = model.clone(backbone=model.backbone.clone(trace_blocks_once=False))  # each is counted
+    each_block = model.with_backbone(trace_blocks_once=False)  # each is counted
     totals = summarize(each_block, config.data.image_size)
     return {
         "model": f"{config.model.name}, attention {config.model.attention}, {model.num_classes} classes",
