@@ -165,6 +165,7 @@ def test_losses_can_be_taken_inside_shard_map(mesh_of):
     assert jax.tree.structure(shapes) == jax.tree.structure(variables["params"])
 
 
+@pytest.mark.slow
 def test_vmap_over_images(mask_rcnn):
     model, variables, apply = mask_rcnn
     batch = apply(variables, images(2))
