@@ -15,7 +15,7 @@ from PIL import Image
 import simam_jax
 from benchmarks import measure
 from simam_jax.errors import run_cli
-from simam_jax.inference import Predictor
+from simam_jax.inference import ClassifierPredictor
 from simam_jax.models import MODELS, init_variables
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     model = simam_jax.create_model(args.model, num_classes=1000)
     variables = init_variables(model, jax.random.key(0))
-    predictor = Predictor(model, variables, MODELS[args.model].preprocessing, batch_size=args.batch_size)
+    predictor = ClassifierPredictor(model, variables, MODELS[args.model].preprocessing, batch_size=args.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         files = _photographs(Path(folder), args.count)
         ready = np.stack([predictor.preprocessing(file) for file in files])

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from simam_jax import errors as _errors
 from simam_jax.attention import CBAM, SimAM, SqueezeExcite, simam, simam_weights
 from simam_jax.errors import UserError
-from simam_jax.models import create_model, list_models
+from simam_jax.models import create_model, init_variables, list_models
+from simam_jax.preprocessing import DetectionPreprocessing, Preprocessing
 
 if TYPE_CHECKING:
     from simam_jax.inference import Predictor
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CBAM",
+    "DetectionPreprocessing",
     "Predictor",
+    "Preprocessing",
     "SimAM",
     "SqueezeExcite",
     "UserError",
     "create_model",
+    "init_variables",
     "list_models",
     "load",
     "load_torch",

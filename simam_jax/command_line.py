@@ -13,7 +13,7 @@ from simam_jax.paths import local
 from simam_jax.progress import duration
 
 if TYPE_CHECKING:
-    from simam_jax.inference import Predictor
+    from simam_jax.inference import ClassifierPredictor, Predictor
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -61,6 +61,20 @@ def load_predictor(args: argparse.Namespace, **options) -> "Predictor":
         key=args.key,
         **options,
     )
+
+
+def load_classifier(args: argparse.Namespace) -> "ClassifierPredictor":
+    """The classifier that the command line names.
+
+    Raises:
+        UserError: as `load_predictor`, or it is a detector.
+    """
+    from simam_jax.inference import ClassifierPredictor
+
+    predictor = load_predictor(args)
+    if not isinstance(predictor, ClassifierPredictor):
+        raise errors.UserError(f"{args.checkpoint} is a detector, and this command is for classifiers.")
+    return predictor
 
 
 def read_class_names(path: str, count: int | None = None) -> list[str]:

@@ -5,8 +5,8 @@ import dataclasses
 
 from simam_jax import checkpoints, errors
 from simam_jax.command_line import add_network_arguments, read_class_names
+from simam_jax.models import MODELS
 from simam_jax.paths import local
-from simam_jax.preprocessing import Preprocessing
 from simam_jax.torch_weights.files import write_state
 from simam_jax.torch_weights.names import to_torch
 from simam_jax.weights import Weights, load_torch, load_weights, preprocessing_of
@@ -58,12 +58,12 @@ def _torch_to_workdir(args: argparse.Namespace) -> None:
     else:
         settings = {name: getattr(args, name) for name in ("num_classes", "attention", "attention_param", "key", "ema")}
         found = load_weights(args.source, name=args.model, **settings)
-    preprocessing = dataclasses.asdict(preprocessing_of(found))
-    for name in ("mean", "std", "image_size", "eval_resize"):
-        if getattr(args, name) is not None:
-            preprocessing[name] = getattr(args, name)
-    Preprocessing(**preprocessing)  # says what does not fit
-    spec = dict(found.spec) | {"preprocessing": preprocessing}
+    given = {name: getattr(args, name) for name in ("mean", "std", "image_size", "eval_resize")}
+    given = {name: value for name, value in given.items() if value is not None}
+    stored = preprocessing_of(found)
+    if unknown := [name for name in given if not hasattr(stored, name)]:
+        raise errors.UserError(f"--{unknown[0].replace('_', '-')} is not of the preprocessing of {args.model}.")
+    spec = dict(found.spec) | {"preprocessing": dataclasses.asdict(dataclasses.replace(stored, **given))}
     if args.class_names:
         spec["class_names"] = read_class_names(args.class_names, found.model.num_classes)
     checkpoints.write_weights(dest, spec, found.variables)
@@ -74,7 +74,7 @@ def _with_a_new_head(args: argparse.Namespace) -> Weights:
         raise errors.UserError("Say which network the file is of, with --model (such as --model resnet50).")
     settings = {name: getattr(args, name) for name in ("num_classes", "attention", "attention_param", "key", "ema")}
     model, variables = load_torch(args.source, args.model, skip_head=True, **settings)
-    return Weights(model, variables, {"task": "classification", "model": model.spec()})
+    return Weights(model, variables, {"task": MODELS[args.model].task, "model": model.spec()})
 
 
 def _workdir_to_torch(args: argparse.Namespace) -> None:

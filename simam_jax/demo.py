@@ -18,17 +18,17 @@ import numpy as np
 from simam_jax import checkpoints, errors
 from simam_jax.classification import explain, figures
 from simam_jax.classification.predictions import Predictions
-from simam_jax.command_line import add_checkpoint_arguments, load_predictor
+from simam_jax.command_line import add_checkpoint_arguments, load_classifier
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from simam_jax.inference import Predictor
+    from simam_jax.inference import ClassifierPredictor
 
 MAX_BYTES = 20_000_000  # of an upload
 
 
-def look(predictor: "Predictor", upload: bytes) -> dict[str, Any]:
+def look(predictor: "ClassifierPredictor", upload: bytes) -> dict[str, Any]:
     """What the page shows of an image file.
 
     Returns:
@@ -71,7 +71,7 @@ class Server(ThreadingHTTPServer):
     """Serves the page at / and answers images posted to /look; `predictor` and `page` are set before `serve_forever`."""
 
     daemon_threads = True
-    predictor: "Predictor"
+    predictor: "ClassifierPredictor"
     page: bytes
 
     def __init__(self, host: str, port: int):
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         with Server(args.host, args.port) as server:  # before the network is loaded: the port may be taken
-            server.predictor = load_predictor(args)
+            server.predictor = load_classifier(args)
             name = args.model or str(checkpoints.read_meta(args.checkpoint)["model"]["name"])
             server.page = page(name, server.predictor)
             look(server.predictor, _blank())  # compiles
@@ -169,7 +169,7 @@ def _blank() -> bytes:
     return buffer.getvalue()
 
 
-def page(name: str, predictor: "Predictor") -> bytes:
+def page(name: str, predictor: "ClassifierPredictor") -> bytes:
     """The page for the network of that name: one HTML document that needs nothing else."""
     attention: str = predictor.model.attention  # pyright: ignore[reportAttributeAccessIssue]
     facts = {

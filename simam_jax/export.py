@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from simam_jax import errors
-from simam_jax.command_line import add_checkpoint_arguments, load_predictor
+from simam_jax.command_line import add_checkpoint_arguments, load_classifier
 from simam_jax.paths import local
 
 if TYPE_CHECKING:
-    from simam_jax.inference import Predictor
+    from simam_jax.inference import ClassifierPredictor
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # stablehlo and saved_model are lowered for each
 TOLERANCE = 1e-4  # of the difference that `export` returns
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # of the difference that `export` returns
 Network = Callable[[Any], Any]  # from pixels to logits: JAX's arrays while it is traced, NumPy's when it is run again
 
 
-def export(predictor: "Predictor", format: str, output: str | Path) -> float:
+def export(predictor: "ClassifierPredictor", format: str, output: str | Path) -> float:
     """Writes the network of `predictor`, runs the written file in its own runtime and compares the logits.
 
     The exported network computes in float32, whatever dtype it was trained in, because its parameters are float32.
@@ -146,7 +146,7 @@ FORMATS = {
 }
 
 
-def _network(predictor: "Predictor") -> Network:
+def _network(predictor: "ClassifierPredictor") -> Network:
     """A function from pixels to float32 logits, with the weights as constants."""
     model = predictor.model.with_backbone(dtype=jnp.dtype(jnp.float32))
     in_float32 = type(predictor)(model, predictor.variables, predictor.preprocessing, predictor.class_names)
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", help="a new file; for saved_model a new folder")
     args = parser.parse_args(argv)
     check(args.format, args.output)
-    predictor = load_predictor(args)
+    predictor = load_classifier(args)
     print(f"Writing {args.output}, then running it beside the network ...", flush=True)
     difference = export(predictor, args.format, args.output)
     size = predictor.preprocessing.image_size

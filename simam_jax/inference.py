@@ -1,58 +1,76 @@
-"""A trained network as one looks at images with it: `Predictor.load(path)(images)`."""
+"""A trained network, classifier or detector, as one looks at images with it: `Predictor.load(path)(images)`."""
 
+import abc
 import functools
 import itertools
+import operator
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.typing import ArrayLike
 
 from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
+from simam_jax.detection.detections import Detections
+from simam_jax.models import MODELS, Detector, Network
+from simam_jax.ops.extent import zero_beyond
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
-from simam_jax.preprocessing import ImageLike, Preprocessing, is_one_image
+from simam_jax.preprocessing import STRIDE, ImageLike, Resized, is_one_image
+from simam_jax.rcnn.masks import paste
 
+_CANVAS = 256  # pixels: masks are pasted into images whose sides are multiples of it
+_MASKS = 20  # pasted at a time
 _AHEAD = 2  # batches on their way through the device while the next images are read
 
 
-class Predictor:
-    """A network with the preprocessing and the class names that it was trained with.
+class Predictor(abc.ABC):
+    """A network with the preprocessing and the class names that it was trained with: a classifier's or a detector's.
 
-        predictor = simam_jax.Predictor.load("runs/resnet50")
-        predictor(["cat.jpg", "dog.jpg"]).top(5)
+        simam_jax.Predictor.load("runs/resnet50")(["cat.jpg", "dog.jpg"]).top(5)
+        for found in simam_jax.Predictor.load("runs/mask_rcnn")(["street.jpg"]):
+            found.boxes, found.scores, found.names, found.masks
 
     Attributes:
-        model, variables: for `model.apply(variables, normalised_images)`.
+        model, variables: for `model.apply`.
         preprocessing: from an image to the pixels that the network sees.
-        class_names: one for each logit.
+        class_names: one for each class.
     """
+
+    BATCH_SIZE: ClassVar[int]
+
+    def __new__(cls, model: Network, *_args: Any, **_options: Any) -> Any:
+        """Of the class that goes with the model."""
+        return object.__new__(DetectorPredictor if isinstance(model, Detector) else ClassifierPredictor)
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         variables: Any,
-        preprocessing: Preprocessing,
+        preprocessing: Any = None,
         class_names: Sequence[str] | None = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
     ):
-        """Args as the attributes; `class_names` None: numbers. At most `batch_size` images are computed at once."""
-        if batch_size < 1:
+        """Args as the attributes.
+
+        `preprocessing` None: what the reference implementation feeds such a network with; `class_names` None: numbers. At
+        most `batch_size` images are computed at once; None: 32, and 2 of a detector's.
+        """
+        if batch_size is not None and batch_size < 1:
             raise errors.UserError(f"batch_size must be at least 1, got {batch_size}.")
-        num_classes: int = model.num_classes  # pyright: ignore[reportAttributeAccessIssue]
-        names = map(str, range(num_classes)) if class_names is None else class_names
-        self.model, self.variables, self.preprocessing = model, variables, preprocessing
-        self.class_names, self.batch_size = tuple(names), batch_size
-        if len(self.class_names) != num_classes:
-            raise errors.UserError(f"{len(self.class_names)} class names for {num_classes} classes.")
+        names = map(str, range(model.num_classes)) if class_names is None else class_names
+        self.model, self.variables = model, variables
+        self.preprocessing: Any = MODELS[model.architecture].preprocessing if preprocessing is None else preprocessing
+        self.class_names, self.batch_size = tuple(names), batch_size or self.BATCH_SIZE
+        if len(self.class_names) != model.num_classes:
+            raise errors.UserError(f"{len(self.class_names)} class names for {model.num_classes} classes.")
 
     @classmethod
     def load(
@@ -63,11 +81,11 @@ class Predictor:
         num_classes: int | None = None,
         attention: str = "simam",
         attention_param: float | None = None,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: Any = None,
         class_names: Sequence[str] | None = None,
         ema: bool = False,
         key: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
     ) -> "Predictor":
         """The network in a workdir or a checkpoint of train.py, or in a file of PyTorch weights.
 
@@ -79,7 +97,7 @@ class Predictor:
                 network with, which is said.
             class_names: None: those stored with the weights; else ImageNet's for a network of its 1,000, or numbers.
             ema: the exponential moving average of the variables, where the run kept one.
-            batch_size: the most images computed at once.
+            batch_size: the most images computed at once; None: 32, and 2 of a detector's.
 
         Raises:
             UserError: nothing that can be read is there, or it is of another model.
@@ -99,51 +117,78 @@ class Predictor:
             class_names = weights.class_names_of(found)
         return cls(found.model, found.variables, preprocessing, class_names, batch_size=batch_size)
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Predictions:
-        """The probabilities of one image or of many, of any sizes.
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+        """What the network sees in one image or in many, of any sizes.
 
         Args:
             images: what `Preprocessing` takes (a path, a file, its bytes, a PIL image, an array, a torch tensor), or a
                 sequence of these, such as an array (N, H, W, C).
 
+        Returns:
+            A classifier's `Predictions`, or a list of a detector's `Detections`, one an image.
+
         Raises:
             UserError: one of them is no readable image; the message names it.
         """
-        rows = []
+        results = []
         for _, result in self.stream([images] if is_one_image(images) else images):  # pyright: ignore
             if isinstance(result, errors.UserError):
                 raise result
-            rows.append(result)
-        return Predictions(np.stack(rows) if rows else np.zeros((0, len(self.class_names)), "f4"), self.class_names)
+            results.append(result)
+        return self._together(results)
 
-    def stream(self, images: Iterable[ImageLike]) -> Iterator[tuple[ImageLike, np.ndarray | errors.UserError]]:
-        """Each image with its probabilities (classes,), or with the error that reading it gave; in their order.
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[tuple[ImageLike, Any]]:
+        """Each image with its result, or with the error that reading it gave; in their order.
 
-        Images are read by several threads while the device computes; only a few batches are in memory at a time.
+        The result is a classifier's probabilities (classes,) or a detector's `Detections`. Images are read by several
+        threads while the device computes; only a few batches are in memory at a time.
         """
-        waiting: deque[tuple[list[ImageLike], list[np.ndarray | errors.UserError], jax.Array | None]] = deque()
+        waiting: deque[tuple[list[ImageLike], list[Any], Callable[[], Iterator[Any]]]] = deque()
 
-        def finished() -> Iterator[tuple[ImageLike, np.ndarray | errors.UserError]]:
-            sources, read, probabilities = waiting.popleft()
-            rows = iter(np.asarray(probabilities) if probabilities is not None else ())
+        def finished() -> Iterator[tuple[ImageLike, Any]]:
+            sources, read, compute = waiting.popleft()
+            results = compute()
             for source, pixels in zip(sources, read, strict=True):
-                yield source, pixels if isinstance(pixels, errors.UserError) else next(rows)
+                yield source, pixels if isinstance(pixels, errors.UserError) else next(results)
 
         with ThreadPoolExecutor() as threads:
             batches = _ahead(threads, self._read, images, self.batch_size)
             for sources, read in batches:
-                pixels = [image for image in read if isinstance(image, np.ndarray)]
-                waiting.append((sources, read, self.probabilities(np.stack(pixels)) if pixels else None))
+                waiting.append((sources, read, self._start([x for x in read if not isinstance(x, errors.UserError)])))
                 if len(waiting) > _AHEAD:
                     yield from finished()
             while waiting:
                 yield from finished()
 
-    def _read(self, image: ImageLike) -> np.ndarray | errors.UserError:
+    def _read(self, image: ImageLike) -> Any:
         try:
             return self.preprocessing(image)
         except errors.UserError as error:
             return error
+
+    @abc.abstractmethod
+    def _start(self, read: list[Any]) -> Callable[[], Iterator[Any]]:
+        """Starts the network on images that were read; returns what waits for its results, in their order."""
+
+    def _together(self, results: list[Any]) -> Any:
+        """The results of a call."""
+        return results
+
+
+class ClassifierPredictor(Predictor):
+    """A `Predictor` of classes."""
+
+    BATCH_SIZE = 32
+
+    def _start(self, read: list[np.ndarray]) -> Callable[[], Iterator[np.ndarray]]:
+        if not read:
+            return lambda: iter(())
+        probabilities = self.probabilities(np.stack(read))
+        return lambda: iter(np.asarray(probabilities))
+
+    def _together(self, results: list[np.ndarray]) -> Predictions:
+        rows = np.stack(results) if results else np.zeros((0, len(self.class_names)), "f4")
+        return Predictions(rows, self.class_names)
 
     def probabilities(self, pixels: np.ndarray) -> jax.Array:
         """(N, classes) float32 on the device, without waiting for it.
@@ -173,6 +218,71 @@ class Predictor:
         """uint8 (N, image_size, image_size, 3) to float32, as `model.apply` takes images."""
         how = self.preprocessing
         return normalize(jnp.asarray(pixels), how.mean, how.std)
+
+
+class DetectorPredictor(Predictor):
+    """A `Predictor` of objects. Images are padded to a few shapes; their results do not depend on it."""
+
+    BATCH_SIZE = 2
+
+    def _start(self, read: list[Resized]) -> Callable[[], Iterator[Detections]]:
+        found: list[Any] = [None] * len(read)
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(read):
+            buckets.setdefault(self.preprocessing.bucket(*image.pixels.shape[:2]), []).append(i)
+        for bucket, members in buckets.items():
+            together = self._detect([read[i] for i in members], bucket)
+            for row, i in enumerate(members):
+                found[i] = jax.tree.map(operator.itemgetter(row), together)
+        return lambda: map(self._result, read, found)
+
+    def _detect(self, read: list[Resized], bucket: tuple[int, int]) -> Any:
+        """What the model gives for images padded to one shape, on the device."""
+        count = 1 << (len(read) - 1).bit_length()  # filled up, so that few counts are ever compiled
+        pixels = np.zeros((count, *bucket, 3), np.uint8)
+        sizes, scale = np.full((count, 2), STRIDE, np.int32), np.ones((count, 4), np.float32)
+        for i, (image, original) in enumerate(read):
+            sizes[i] = image.shape[:2]
+            pixels[i, : image.shape[0], : image.shape[1]] = image
+            height, width = np.array(image.shape[:2]) / original
+            scale[i] = width, height, width, height
+        return self._jitted(self.variables, pixels, sizes, scale)
+
+    @functools.cached_property
+    def _jitted(self):
+        return jax.jit(self.detections)
+
+    def detections(self, variables: Any, pixels: jax.Array, sizes: jax.Array, scale: jax.Array) -> Any:
+        """A pure function from padded images to what `model.apply` returns, for `jax.jit` and its like.
+
+        Args:
+            pixels: uint8 (N, H, W, 3).
+            sizes: (N, 2) int32, height and width of each image without padding.
+            scale: (N, 4) float32: see `models.detector.Detector`.
+        """
+        how = self.preprocessing
+        images = zero_beyond(normalize(jnp.asarray(pixels), how.mean, how.std), sizes)
+        extent = -(-jnp.asarray(sizes) // STRIDE) * STRIDE
+        return self.model.apply(variables, images, extent, sizes, scale)
+
+    def _result(self, image: Resized, found: Any) -> Detections:
+        count, masks = int(found.count), None
+        boxes, scores, labels = (np.asarray(x)[:count] for x in (found.boxes, found.scores, found.labels))
+        if found.masks is not None:
+            masks = self._paste(found.masks, found.boxes, count, image.size)
+        return Detections(boxes, scores, labels, masks, self.class_names)
+
+    def _paste(self, probabilities: jax.Array, boxes: jax.Array, count: int, size: tuple[int, int]) -> np.ndarray:
+        height, width = size
+        canvas = tuple(-(-side // _CANVAS) * _CANVAS for side in size)  # few shapes are compiled
+        # A few masks at a time: one of a large photograph is megabytes.
+        packed = [_paste(probabilities[i : i + _MASKS], boxes[i : i + _MASKS], canvas) for i in range(0, count, _MASKS)]
+        bits = np.concatenate([np.zeros((0, canvas[0], canvas[1] // 8), np.uint8), *map(np.asarray, packed)])[:count]
+        masks = np.unpackbits(bits, axis=-1, count=canvas[1])
+        return masks[:, :height, :width].astype(bool)
+
+
+_paste = jax.jit(lambda masks, boxes, size: paste(masks, boxes, size=size), static_argnums=2)
 
 
 def _ahead(

@@ -14,18 +14,21 @@ from simam_jax.command_line import (
     skip,
     with_progress,
 )
+from simam_jax.detection.detections import Detections
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m simam_jax.predict",
-        description="The likeliest classes of images. Unreadable ones are named, skipped, and make the exit code 1.",
+        description="The likeliest classes of images, or a detector's objects. Unreadable ones are named, skipped, and make the exit code 1.",
     )
     add_checkpoint_arguments(parser)
     parser.add_argument("images", nargs="+", help="image files and folders of them")
-    parser.add_argument("--top", type=int, default=5, help="classes for each image (default 5)")
+    parser.add_argument(
+        "--top", type=int, default=5, help="classes for each image (default 5); a detector shows all objects"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    parser.add_argument("--batch-size", type=int, default=32, help="images computed at once (default 32)")
+    parser.add_argument("--batch-size", type=int, help="images computed at once (default 32, and 2 of a detector)")
     args = parser.parse_args(argv)
     if args.top < 1:
         raise errors.UserError(f"--top must be at least 1, got {args.top}.")
@@ -38,11 +41,15 @@ def main(argv: list[str] | None = None) -> int:
             skipped += 1
             skip(result)
             continue
-        results = Predictions(result[None], predictor.class_names)
-        if args.json:
-            print(json.dumps({"image": str(path), "top": results.rows(args.top)[0]}))
+        if isinstance(result, Detections):
+            row, lines = {"image": str(path), "objects": result.rows()}, result.lines()
         else:
-            print(path, *(f"  {line}" for line in results.lines(args.top)[0]), sep=os.linesep)
+            results = Predictions(result[None], predictor.class_names)
+            row, lines = {"image": str(path), "top": results.rows(args.top)[0]}, results.lines(args.top)[0]
+        if args.json:
+            print(json.dumps(row))
+        else:
+            print(path, *(f"  {line}" for line in lines), sep=os.linesep)
     return exit_code(skipped, len(paths))
 
 

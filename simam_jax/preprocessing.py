@@ -9,11 +9,12 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from simam_jax.errors import UserError, naming_extras
+from simam_jax.ops.bilinear import resize_bilinear
 from simam_jax.paths import local
 
 if TYPE_CHECKING:
@@ -57,26 +58,12 @@ class Preprocessing:
         Raises:
             UserError: no readable image; the message names it.
         """
-        with naming_extras():
-            from PIL import Image
+        from PIL.Image import Resampling
 
-        if isinstance(image, str | os.PathLike):
-            name, source = str(image), local(image)
-            if not source.is_file():
-                raise UserError(f"{source} is {'a folder, not an image' if source.is_dir() else 'no file'}.")
-        elif isinstance(image, bytes):
-            name, source = "The image", io.BytesIO(image)
-        elif hasattr(image, "read"):
-            name, source = str(getattr(image, "name", "The file")), image
-        elif isinstance(image, Image.Image):
-            name, source = "The image", ""
-        else:
-            return self._pixels(_from_array(_as_array(image)), "The array")
-        with naming_the_reason(name):
-            if isinstance(image, Image.Image):
-                return self._pixels(image, name)
-            with Image.open(source) as opened:
-                return self._pixels(opened, name)
+        rgb = read_rgb(image)
+        # Only the part that is seen is resized: a panorama would not fit in memory at that height.
+        size = (self.image_size, self.image_size)
+        return np.asarray(rgb.resize(size, Resampling.BILINEAR, box=self.box(*rgb.size)))
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of an image that the network sees: left, top, right, bottom in pixels."""
@@ -92,18 +79,69 @@ class Preprocessing:
         start = round((resized - self.image_size) / 2)  # Python rounds a half to the even number, as torchvision does
         return start * length / resized, (start + self.image_size) * length / resized
 
-    def _pixels(self, image: "Image.Image", name: str) -> np.ndarray:
-        from PIL import Image
 
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
-        # Only the part that is seen is resized: a panorama would not fit in memory at that height.
-        size = (self.image_size, self.image_size)
-        rgb = to_rgb(image, name)
-        return np.asarray(rgb.resize(size, Image.Resampling.BILINEAR, box=self.box(width, height)))
+class Resized(NamedTuple):
+    """An image as a detector sees it.
+
+    Attributes:
+        pixels: uint8 (H, W, 3), RGB, not yet normalised.
+        size: height and width of the image as it was read.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class DetectionPreprocessing:
+    """How a detector wants its images: the shorter side `min_size` long, the longer one at most `max_size`, the ratio kept.
+
+    Attributes:
+        min_size, max_size: pixels.
+        mean, std: per channel, of pixels in 0..1.
+    """
+
+    min_size: int = 800
+    max_size: int = 1333
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        if not 1 <= self.min_size <= self.max_size:
+            raise UserError(
+                f"min_size={self.min_size} must be at least 1, and max_size={self.max_size} at least min_size."
+            )
+
+    def __call__(self, image: ImageLike) -> Resized:
+        """The image with the pixels that the reference implementation resizes it to.
+
+        Args:
+            image: as for `Preprocessing`.
+
+        Raises:
+            UserError: no readable image; the message names it.
+        """
+        rgb = np.asarray(read_rgb(image))
+        return Resized(resize_bilinear(rgb, self.resized(*rgb.shape[:2])), rgb.shape[:2])
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width that an image is resized to."""
+        factor = min(self.max_size / max(height, width), self.min_size / min(height, width))
+        return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+    def bucket(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width that a resized image is padded to: of a few shapes, the smallest that holds it.
+
+        Few shapes are few compilations. A detector is told where its images end, so that its results do not depend on them.
+        """
+        short, long = (-(-size // STRIDE) * STRIDE for size in (self.min_size, self.max_size))
+        longer = sorted(side for side in (long, long - 4 * STRIDE, long - 8 * STRIDE) if side >= short)
+        side = next(side for side in longer if side >= max(height, width))
+        return (short, side) if height <= width else (side, short)
+
+
+STRIDE = 32  # pixels: padded sizes are multiples of it
+COCO = DetectionPreprocessing()
 IMAGENET = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = Preprocessing(32, 0, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
@@ -120,6 +158,35 @@ def naming_the_reason(name: str) -> Iterator[None]:
         if text.startswith("cannot identify image file"):
             text = "it is damaged, or of a kind that PIL does not know"
         raise UserError(f"{name} cannot be read as an image: {text}.") from error
+
+
+def read_rgb(image: ImageLike) -> "Image.Image":
+    """The image in PIL's mode RGB.
+
+    Raises:
+        UserError: no readable image, or one of more than `MAX_PIXELS`; the message names it.
+    """
+    with naming_extras():
+        from PIL import Image
+
+    if isinstance(image, str | os.PathLike):
+        name, source = str(image), local(image)
+        if not source.is_file():
+            raise UserError(f"{source} is {'a folder, not an image' if source.is_dir() else 'no file'}.")
+    elif isinstance(image, bytes):
+        name, source = "The image", io.BytesIO(image)
+    elif hasattr(image, "read"):
+        name, source = str(getattr(image, "name", "The file")), image
+    elif isinstance(image, Image.Image):
+        name, source = "The image", None
+    else:
+        name, source, image = "The array", None, _from_array(_as_array(image))
+    opened: Any
+    with naming_the_reason(name), contextlib.nullcontext(image) if source is None else Image.open(source) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
+        return to_rgb(opened, name)
 
 
 def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":

@@ -10,14 +10,14 @@ import numpy as np
 
 from simam_jax import errors
 from simam_jax.classification import curves, explain, figures
-from simam_jax.command_line import add_checkpoint_arguments, exit_code, find_images, load_predictor, skip
+from simam_jax.command_line import add_checkpoint_arguments, exit_code, find_images, load_classifier, skip
 from simam_jax.paths import local
 from simam_jax.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simam_jax.inference import Predictor
+    from simam_jax.inference import ClassifierPredictor
 
 MAX_IMAGES = 16  # in one picture; matplotlib ends at 65,536 pixels, the deepest networks have 81 layers
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _draw_attention(args: argparse.Namespace) -> int:
     paths = _find_images(args.images)
-    predictor = load_predictor(args)
+    predictor = load_classifier(args)
     read, pixels = _read(predictor, paths)
     images = predictor.normalized(pixels)
     weights = _one_by_one(lambda image: explain.attention_weights(predictor.model, predictor.variables, image), images)
@@ -66,7 +66,7 @@ def _draw_attention(args: argparse.Namespace) -> int:
 
 def _draw_grad_cam(args: argparse.Namespace) -> int:
     paths = _find_images(args.images)
-    first = load_predictor(args)
+    first = load_classifier(args)
     networks = {figures.TITLES[first.model.attention]: first}
     if args.baseline:
         second = _load_baseline(args, first)
@@ -80,7 +80,7 @@ def _draw_grad_cam(args: argparse.Namespace) -> int:
     heats, captions = {}, {}
     for title, predictor in networks.items():
 
-        def look(image: jax.Array, index: np.ndarray, predictor: "Predictor" = predictor) -> jax.Array:
+        def look(image: jax.Array, index: np.ndarray, predictor: "ClassifierPredictor" = predictor) -> jax.Array:
             return explain.grad_cam(predictor.model, predictor.variables, image, index, args.layer)
 
         heats[title] = _one_by_one(look, predictor.normalized(pixels), classes)
@@ -99,10 +99,10 @@ def _draw_curves(args: argparse.Namespace) -> int:
     return _finish(figures.curves_figure(runs), args.output, [], [])
 
 
-def _load_baseline(args: argparse.Namespace, first: "Predictor") -> "Predictor":
+def _load_baseline(args: argparse.Namespace, first: "ClassifierPredictor") -> "ClassifierPredictor":
     """The network of `--baseline`, with the classes and the part of an image that the first network has."""
     given = vars(args) | {"checkpoint": args.baseline, "attention": "none", "attention_param": None}
-    second = load_predictor(argparse.Namespace(**given))
+    second = load_classifier(argparse.Namespace(**given))
     if second.class_names != first.class_names:
         raise errors.UserError(f"--baseline={args.baseline} has other classes than --checkpoint={args.checkpoint}.")
     seen = [(p.preprocessing.image_size, p.preprocessing.eval_resize) for p in (first, second)]
@@ -114,7 +114,7 @@ def _load_baseline(args: argparse.Namespace, first: "Predictor") -> "Predictor":
     return second
 
 
-def _class_index(predictor: "Predictor", name: str) -> int:
+def _class_index(predictor: "ClassifierPredictor", name: str) -> int:
     """The index of the class with that name, else with that number."""
     if name in predictor.class_names:
         return predictor.class_names.index(name)
@@ -130,7 +130,7 @@ def _find_images(named: list[str]) -> list[Path]:
     return paths
 
 
-def _read(predictor: "Predictor", paths: list[Path]) -> tuple[list[Path], np.ndarray]:
+def _read(predictor: "ClassifierPredictor", paths: list[Path]) -> tuple[list[Path], np.ndarray]:
     """The paths that can be read and their pixels, uint8 (N, S, S, 3); the others are named on standard error."""
     read, pixels = [], []
     for path in paths:

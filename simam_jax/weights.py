@@ -17,7 +17,6 @@ from simam_jax import checkpoints
 from simam_jax.errors import UserError, unknown
 from simam_jax.models import HEAD, MODELS, Network, create_model, variable_shapes
 from simam_jax.paths import local
-from simam_jax.preprocessing import Preprocessing
 from simam_jax.torch_weights.files import read_state
 from simam_jax.torch_weights.variables import check_finite, from_torch
 
@@ -147,11 +146,11 @@ def _from_checkpoint(path: str | os.PathLike[str], ema: bool) -> Weights:
     return checkpoints.first_readable(local(path), read_one)
 
 
-def preprocessing_of(found: Weights) -> Preprocessing:
+def preprocessing_of(found: Weights) -> Any:
     """How the network wants its images: as stored with its weights, else as the reference implementation feeds it."""
-    if stored := found.spec.get("preprocessing"):
-        return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
     assumed = MODELS[found.model.architecture].preprocessing
+    if stored := found.spec.get("preprocessing"):
+        return type(assumed)(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
     logging.warning("The weights do not say how images were prepared; assumed: %s.", asdict(assumed))
     return assumed
 

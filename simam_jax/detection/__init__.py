@@ -1,1 +1,1 @@
-"""Detection as a task: data, training and evaluation of Faster and Mask R-CNN."""
+"""Detection: results that people and programs can read."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from simam_jax.layers import BatchNorm, Conv, Linear
+from simam_jax.models.roi_heads import OwnClass, Upsample
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ class Summary:
         )
 
 
-def summarize(model: nn.Module, image_size: int = 224) -> Summary:
-    """Traces `model` on one (image_size, image_size, 3) image, computing nothing."""
+def summarize(model: nn.Module, height: int = 224, width: int | None = None) -> Summary:
+    """Traces `model` on one (height, width, 3) image, computing nothing. None: as wide as high."""
     stages: dict[str, Stage] = {}
 
     def count(call, args, kwargs, context):
         output, module = call(*args, **kwargs), context.module
-        if context.method_name != "__call__" or not isinstance(module, Conv | Linear | BatchNorm):
+        if context.method_name != "__call__" or not isinstance(module, COUNTED):
             return output
         name = _stage(module.path[0])
         if name == "stem" and any(other != "stem" for other in stages):
@@ -84,21 +85,36 @@ def summarize(model: nn.Module, image_size: int = 224) -> Summary:
             # a shared layer is called more than once: its parameters count at its first call only
             old.params
             + (0 if module.path in seen else sum(x.size for x in jax.tree.leaves(module.variables["params"]))),
-            old.macs + (0 if kernel is None else kernel.size * math.prod(output.shape[1:-1])),
+            old.macs + (0 if kernel is None else _macs(module, kernel, output)),
             old.bn_elements + (output.size if isinstance(module, BatchNorm) else 0),
         )
         seen.add(module.path)
         return output
 
     seen: set[tuple[str, ...]] = set()
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, height, width or height, 3), jnp.float32)
     with nn.intercept_methods(count):
         jax.eval_shape(model.init, jax.random.key(0), image)
     return Summary(tuple(stages.values()))
 
 
+COUNTED = (Conv, Linear, BatchNorm, Upsample, OwnClass)
+PARTS = ("backbone", "neck", "rpn_head", "bbox_head", "mask_head")  # of a detector
+
+
+def _macs(module: nn.Module, kernel: jax.Array, output: jax.Array) -> int:
+    """Multiply-accumulates: how often each weight is used times how many there are."""
+    if isinstance(module, Upsample):  # four weights at each place of what goes in
+        return kernel.size * math.prod(output.shape[:-1]) // 4
+    if isinstance(module, OwnClass):  # one of the classes at each place
+        return kernel.shape[-2] * math.prod(output.shape)
+    return kernel.size * math.prod(output.shape[:-1])
+
+
 def _stage(module: str) -> str:
-    """The row of a top-level module: all blocks of layer1_0, layer1_1, ... share one."""
+    """The row of a top-level module: all blocks of layer1_0, layer1_1, ... share one, and so does a part of a detector."""
     if module == "fc":
         return "head"
+    if module in PARTS:
+        return module
     return re.sub(r"^(layer\d)_\d+$", r"\1", module) if module.startswith("layer") else "stem"

@@ -20,7 +20,7 @@ from simam_jax.models.mobilenet_v2 import MobileNetLinear, MobileNetV2
 from simam_jax.models.network import Network
 from simam_jax.models.preact_resnet import PreActResNet
 from simam_jax.models.resnet import ResNet
-from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
+from simam_jax.preprocessing import CIFAR, COCO, IMAGENET, DetectionPreprocessing, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Architecture:
     network: Callable[..., Network] = Classifier
     task: str = "classification"
     num_classes: int = 1000
-    preprocessing: Preprocessing = IMAGENET
+    preprocessing: Preprocessing | DetectionPreprocessing = IMAGENET
     e_lambda: float = 0.1
     classifier: str = ""
 
@@ -85,7 +85,9 @@ for _depth, (_basic, _bottleneck) in _CIFAR_DEPTHS.items():
 
 for _depth in (18, 50, 101):
     _resnet = f"resnet{_depth}"
-    _Coco = partial(Architecture, MODELS[_resnet].backbone, task="detection", num_classes=80, classifier=_resnet)
+    _Coco = partial(
+        Architecture, MODELS[_resnet].backbone, task="detection", num_classes=80, preprocessing=COCO, classifier=_resnet
+    )
     MODELS |= {
         f"faster_rcnn_resnet{_depth}_fpn": _Coco(Detector),
         f"mask_rcnn_resnet{_depth}_fpn": _Coco(partial(Detector, masks=True)),
