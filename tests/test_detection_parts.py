@@ -331,6 +331,7 @@ def test_an_image_without_ground_truth_has_finite_losses_and_gradients():
 # Export
 
 
+@pytest.mark.slow
 def test_inference_and_training_lower_for_every_platform_without_custom_calls():
     from simam_jax.ops.roi_align import roi_align
 

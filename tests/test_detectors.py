@@ -112,7 +112,9 @@ def test_an_image_depends_neither_on_its_bucket_nor_on_its_neighbours(mask_rcnn)
     np.testing.assert_allclose(found.masks[0], alone.masks[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "attention", [pytest.param(kind, marks=[] if kind == "simam" else pytest.mark.slow) for kind in ATTENTIONS]
+)
 def test_maps_within_the_extent_are_those_of_the_image_alone(attention):
     model = detector("faster_rcnn_resnet18_fpn", attention=attention)
     variables = init_variables(model, jax.random.key(0))
@@ -198,6 +200,7 @@ def gradient_of():
     return make
 
 
+@pytest.mark.slow
 def test_losses_and_gradients(mask_rcnn, gradient_of):
     model, variables, _ = mask_rcnn
     keys = jax.random.split(jax.random.key(0), 2)

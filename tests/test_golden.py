@@ -17,7 +17,7 @@ from golden_cases import NAMES, golden_images, golden_state, model_name, read_ca
 from simam_jax.torch_weights.names import to_torch, torch_names
 from simam_jax.torch_weights.variables import from_torch
 
-QUICK = ("cifar-resnet20-basic-simam-0.0001", "imagenet-resnet18-se-16")  # the others take minutes: `pytest -m slow`
+QUICK = ("cifar-resnet20-basic-simam-0.0001",)  # the others take minutes: `pytest -m slow`
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 
 

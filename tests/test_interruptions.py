@@ -69,6 +69,7 @@ def test_a_request_to_stop_saves_and_exits_in_good_order(number, tmp_path, cache
     assert_equal_bit_by_bit(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_workdir_is_refused_and_the_first_goes_on(tmp_path, cache, undisturbed):  # noqa: ARG001
     first = Run(tmp_path, cache, num_steps=100_000)
     first.until("step 5/")

@@ -31,7 +31,7 @@ def small(**changes):
     return config
 
 
-@pytest.mark.parametrize("mode", [loop.train, check.check])
+@pytest.mark.parametrize("mode", [pytest.param(loop.train, marks=pytest.mark.slow), check.check])
 def test_an_update_that_does_not_fit_in_memory_names_one_that_should(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "free_memory", lambda: 0.08 * 2**30)
     config = small(**{"batch_size": 8 * 64, "data.image_size": 32})
@@ -63,6 +63,7 @@ def test_settings_that_are_small_for_the_data_are_one_warning(changes, message, 
         assert message in warnings[0]
 
 
+@pytest.mark.slow
 def test_epochs_are_those_that_happened_though_the_batch_changed(tmp_path, capsys):
     loop.train(small(num_steps=4), str(tmp_path), make_task)  # 4 updates of 16
     loop.train(small(num_steps=6, batch_size=32), str(tmp_path), make_task)  # and 2 of 32

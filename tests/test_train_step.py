@@ -86,9 +86,9 @@ MIXED = {
     "changes",
     [
         {"model.bn_group_size": BATCH},  # synchronised
-        {"model.bn_group_size": 4},  # two devices share a statistic where there are eight
+        pytest.param({"model.bn_group_size": 4}, marks=pytest.mark.slow),  # two of eight devices share a statistic
         {"model.bn_group_size": 4, "optimizer.grad_accum_steps": 2, "ema_decay": 0.5},
-        {"model.bn_group_size": 8, **MIXED},
+        pytest.param({"model.bn_group_size": 8, **MIXED}, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(changes, tiny_network, mesh_of):
