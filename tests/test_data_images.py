@@ -243,6 +243,14 @@ def test_training_and_prediction_see_the_same_pixels_of_every_mode_and_format(ki
     assert seen >= 5  # what a format can hold depends on the version of PIL
 
 
+def test_training_and_prediction_see_the_same_pixels_of_a_ycck_jpeg():
+    encoded = bytearray(as_jpeg(opened(PHOTOGRAPHS[0]).convert("CMYK")))
+    encoded[encoded.find(b"Adobe") + 11] = 2  # Adobe's marker: the four channels are YCCK
+    trained = images.centre_crop(bytes(encoded), size=48, resize=0).numpy()
+    predicted = Preprocessing(48, 0, (0, 0, 0), (1, 1, 1))(bytes(encoded))
+    assert np.abs(trained.astype(int) - predicted).max() <= 1
+
+
 def test_an_animation_is_its_first_picture():
     first, second = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
     buffer = io.BytesIO()
