@@ -7,7 +7,6 @@ as the reference implementation does; suppression and assignment have the refere
 """
 
 import argparse
-import importlib
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from simam_jax.errors import UserError, run_cli
+from simam_jax.errors import run_cli
 from simam_jax.ops.nms import nms
 from simam_jax.ops.roi_align import roi_align
 from simam_jax.rcnn import anchors, masks
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    version = _torchvision().__version__
+    version = measure.torchvision().__version__
 
     rows = []
     for name in args.only:
@@ -59,13 +58,6 @@ def main() -> None:
         measure.write("detection_ops", rows, rounds=args.rounds, torchvision=version)
     else:
         print(measure.table(rows))
-
-
-def _torchvision(module: str = "") -> Any:
-    try:
-        return importlib.import_module(f"torchvision{module}")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators do not fit this torch
-        raise UserError(f"torchvision cannot be imported ({error}): install the one of torch's release.") from None
 
 
 def _run(f: Callable[..., Any], *args: Any) -> measure.Run:
@@ -92,7 +84,7 @@ def _around(objects: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
 def _rpn_nms(trained: bool) -> Pair:
     import torch
 
-    torchvision = _torchvision()
+    torchvision = measure.torchvision()
 
     rng = np.random.default_rng(0)
     level_sizes = [min(2000, 3 * h * w) for h, w in SIZES]
@@ -123,7 +115,7 @@ def _head_outputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.
 def _final_nms() -> Pair:
     import torch
 
-    RoIHeads = _torchvision(".models.detection.roi_heads").RoIHeads
+    RoIHeads = measure.torchvision(".models.detection.roi_heads").RoIHeads
 
     rois, logits, deltas = _head_outputs(np.random.default_rng(1))
     scale = jnp.ones(4)
@@ -142,7 +134,7 @@ def _final_nms() -> Pair:
 def _proposals() -> Pair:
     import torch
 
-    RegionProposalNetwork = _torchvision(".models.detection.rpn").RegionProposalNetwork
+    RegionProposalNetwork = measure.torchvision(".models.detection.rpn").RegionProposalNetwork
 
     rng = np.random.default_rng(2)
     counts = [3 * h * w for h, w in SIZES]
@@ -172,8 +164,8 @@ def _proposals() -> Pair:
 def _assignment(count: int) -> Pair:
     import torch
 
-    torchvision = _torchvision()
-    Matcher = _torchvision(".models.detection._utils").Matcher
+    torchvision = measure.torchvision()
+    Matcher = measure.torchvision(".models.detection._utils").Matcher
 
     rng = np.random.default_rng(3)
     grid = jnp.concatenate(anchors.all_anchors(SIZES))
@@ -196,7 +188,7 @@ def _assignment(count: int) -> Pair:
 def _roi_align(size: int, gradient: bool) -> Pair:
     import torch
 
-    torchvision = _torchvision()
+    torchvision = measure.torchvision()
 
     rng = np.random.default_rng(4)
     maps = [rng.standard_normal((1, *shape, CHANNELS), np.float32) for shape in SIZES[:4]]
@@ -232,8 +224,8 @@ def _roi_align(size: int, gradient: bool) -> Pair:
 def _mask_targets(as_reference: bool) -> Pair:
     import torch
 
-    torchvision = _torchvision()
-    project_masks_on_boxes = _torchvision(".models.detection.roi_heads").project_masks_on_boxes
+    torchvision = measure.torchvision()
+    project_masks_on_boxes = measure.torchvision(".models.detection.roi_heads").project_masks_on_boxes
 
     rng = np.random.default_rng(5)
     objects = _boxes(7, rng)
@@ -258,7 +250,7 @@ def _mask_targets(as_reference: bool) -> Pair:
 def _paste() -> Pair:
     import torch
 
-    paste_masks_in_image = _torchvision(".models.detection.roi_heads").paste_masks_in_image
+    paste_masks_in_image = measure.torchvision(".models.detection.roi_heads").paste_masks_in_image
 
     rng = np.random.default_rng(6)
     probabilities = rng.random((100, masks.SIZE, masks.SIZE), np.float32)

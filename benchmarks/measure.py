@@ -1,6 +1,7 @@
 """How every benchmark measures: in turns within one run, medians of ratios, and a JSON file that says where and with what."""
 
 import datetime
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -47,6 +48,14 @@ def in_turns(contestants: Mapping[str, Timer], rounds: int, *, settle: bool = Fa
             times[name].append(timer(_WHILE if settle else 0))
     _say("")
     return times
+
+
+def torchvision(module: str = "") -> Any:
+    """A module of torchvision, such as ".ops". Raises `UserError` where there is none that fits this torch."""
+    try:
+        return importlib.import_module(f"torchvision{module}")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators do not fit this torch
+        raise UserError(f"torchvision cannot be imported ({error}): install the one of torch's release.") from None
 
 
 def here(run: Run) -> Timer:

@@ -1,4 +1,4 @@
-"""A trained network, classifier or detector, as one looks at images with it: `Predictor.load(path)(images)`."""
+"""`Predictor`: preprocessing, network and class names in one object. `Predictor.load(path)(images)`."""
 
 import abc
 import functools

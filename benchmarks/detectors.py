@@ -1,0 +1,163 @@
+"""Whole detectors beside torchvision's on a ResNet-50, at 800 x 1344: ours with SimAM, theirs without.
+
+python -m benchmarks.detectors [--only "Faster R-CNN, inference" ...]
+
+Needs torch and the torchvision of its release. Weights are drawn, as torchvision draws them; batch norm is frozen on both sides, and
+so are the stem and the first stage in training.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from benchmarks import measure
+from simam_jax.errors import run_cli
+from simam_jax.models import create_model, init_variables
+from simam_jax.models.detector import trainable
+from simam_jax.models.detector_losses import Targets, losses, total
+
+HEIGHT, WIDTH, BOXES, CLASSES = 800, 1344, 7, 80
+NAMES = {
+    "Faster R-CNN": ("faster_rcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn"),
+    "Mask R-CNN": ("mask_rcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"),
+}
+IMAGES = {"inference": 1, "training": 2}
+CONTESTS = [f"{name}, {what}" for what in IMAGES for name in NAMES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CONTESTS, default=CONTESTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    version, rows = measure.torchvision().__version__, []
+    for contest in args.only:
+        name, what = contest.split(", ")
+        ours, theirs = NAMES[name]
+        contestants = {
+            "ours": partial(OURS[what], ours),
+            "torchvision": partial(_theirs, theirs, what),
+        }
+        with measure.in_processes(contestants) as timers:
+            times = measure.in_turns(timers, args.rounds)
+        rows.append(
+            {
+                "detector": contest,
+                "images": IMAGES[what],
+                "ours, s": statistics.median(times["ours"]),
+                "torchvision, s": statistics.median(times["torchvision"]),
+                "torchvision / ours": measure.ratio(times["torchvision"], times["ours"]),
+            }
+        )
+        print(measure.table(rows[-1:]), flush=True)
+    if args.only == CONTESTS:
+        measure.write("detectors", rows, rounds=args.rounds, torchvision=version)
+
+
+def _batch(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images (N, H, W, 3), boxes (N, BOXES, 4), labels (N, BOXES), masks (N, BOXES, H, W)."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((count, HEIGHT, WIDTH, 3), np.float32)
+    corner, size = rng.uniform(0, 500, (count, BOXES, 2)), rng.uniform(30, 300, (count, BOXES, 2))
+    boxes = np.concatenate((corner, corner + size), -1).astype(np.float32)
+    masks = np.zeros((count, BOXES, HEIGHT, WIDTH), bool)
+    for index in np.ndindex(count, BOXES):
+        x1, y1, x2, y2 = boxes[index].astype(int)
+        masks[index][y1:y2, x1:x2] = True
+    return images, boxes, rng.integers(0, CLASSES, (count, BOXES)).astype(np.int32), masks
+
+
+def _compiled(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    start = time.perf_counter()
+    compiled = jax.jit(f, **options).lower(*args).compile()
+    plan: Any = compiled.memory_analysis()
+    print(f"compiled in {time.perf_counter() - start:.1f} s, {plan.temp_size_in_bytes / 1e6:.0f} MB", flush=True)
+    return compiled
+
+
+def _our_inference(name: str) -> measure.Run:
+    model = create_model(name, trace_blocks_once=True)
+    args = jax.device_put((init_variables(model, jax.random.key(0)), _batch(IMAGES["inference"])[0]))
+    compiled = _compiled(model.apply, *args)
+    return lambda: jax.block_until_ready(compiled(*args))
+
+
+def _our_training(name: str) -> measure.Run:
+    model = create_model(name, trace_blocks_once=True)
+    variables = init_variables(model, jax.random.key(0))
+    drawn = _batch(IMAGES["training"])
+    packed = jnp.asarray(np.packbits(drawn[3], axis=-1)) if model.masks else None
+    images, boxes, labels = map(jnp.asarray, drawn[:3])
+    targets = Targets(boxes, labels, jnp.full(len(images), BOXES), packed)
+    flat = flatten_dict(variables["params"])
+    frozen = {path: x for path, x in flat.items() if not trainable(path)}
+    optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-5, momentum=0.9))
+
+    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+        def loss(params: Any) -> jax.Array:
+            held = {**variables, "params": unflatten_dict(frozen | params)}
+            return total(losses(model, held, images, targets, jax.random.split(key, len(images))))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    params = jax.tree.map(jnp.asarray, {path: x for path, x in flat.items() if trainable(path)})
+    state, key = optimizer.init(params), jax.random.key(1)
+    compiled = _compiled(step, params, state, key)
+    held = [params, state]
+
+    def run() -> None:
+        held[0], held[1], value = compiled(*held, key)
+        jax.block_until_ready(value)
+
+    return run
+
+
+OURS: dict[str, Callable[[str], measure.Run]] = {"inference": _our_inference, "training": _our_training}
+
+
+def _theirs(name: str, what: str) -> measure.Run:
+    import torch
+
+    detection = measure.torchvision(".models.detection")
+    frozen = measure.torchvision(".ops").FrozenBatchNorm2d
+    torch.manual_seed(0)
+    settings = {"min_size": HEIGHT, "max_size": WIDTH, "norm_layer": frozen, "trainable_backbone_layers": 3}
+    model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES + 1, **settings)
+    images, boxes, labels, masks = _batch(IMAGES[what])
+    pixels = [torch.from_numpy(x).permute(2, 0, 1).contiguous() for x in images]
+    if what == "inference":
+        model.eval()
+
+        def look() -> None:
+            with torch.inference_mode():
+                model(pixels)
+
+        return look
+    targets = [
+        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(n).long() + 1, "masks": torch.from_numpy(m).byte()}
+        for b, n, m in zip(boxes, labels, masks, strict=True)
+    ]
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-5, 0.9, weight_decay=1e-4)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        torch.stack(list(model(pixels, targets).values())).sum().backward()
+        optimizer.step()
+
+    return update
+
+
+if __name__ == "__main__":
+    run_cli(main)
