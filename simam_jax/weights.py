@@ -156,13 +156,21 @@ def preprocessing_of(found: Weights) -> Any:
 
 
 def class_names_of(found: Weights) -> list[str] | None:
-    """The names of the classes: as stored with the weights; ImageNet's for an ImageNet network of 1,000; else None."""
+    """The names of the classes: as stored with the weights; else ImageNet's for its networks, COCO's for its detectors.
+
+    None for another number of classes.
+    """
     if stored := found.spec.get("class_names"):
         return list(stored)
-    if not found.model.num_classes == MODELS[found.model.architecture].num_classes == 1000:
+    usual = MODELS[found.model.architecture].num_classes
+    if found.model.num_classes != usual or usual not in _CLASS_NAMES:
         return None
-    logging.warning("The weights do not name their classes; assumed: ImageNet's 1,000.")
-    return (resources.files("simam_jax") / "imagenet_classes.txt").read_text().splitlines()
+    data_set, file = _CLASS_NAMES[usual]
+    logging.warning("The weights do not name their classes; assumed: %s's %s.", data_set, f"{usual:,}")
+    return (resources.files("simam_jax") / file).read_text().splitlines()
+
+
+_CLASS_NAMES = {1000: ("ImageNet", "imagenet_classes.txt"), 80: ("COCO", "coco_classes.txt")}
 
 
 # ---- where a run starts from

@@ -12,7 +12,7 @@ from golden_detectors import golden_model, key_of
 from golden_detectors import to_torch as laid_out
 
 import simam_jax
-from simam_jax import UserError, checkpoints, create_model
+from simam_jax import Predictor, UserError, checkpoints, create_model
 from simam_jax.convert import main as convert
 from simam_jax.convert import write_state
 from simam_jax.models import init_variables
@@ -84,6 +84,20 @@ def test_files_of_every_kind_load_with_as_many_classes_as_they_have(small, endin
     loaded, got = simam_jax.load_torch(path, model.architecture, attention="simam", attention_param=0.1)
     assert loaded.num_classes == 3
     assert_equal(got, variables)
+
+
+def test_class_names_are_mmdetections_or_cocos(small, tmp_path, caplog):
+    model, variables = small
+    tensors = {key: torch.from_numpy(x) for key, x in to_torch(variables, model.architecture).items()}
+    torch.save({"meta": {"CLASSES": ("cat", "dog", "bird")}, "state_dict": tensors}, tmp_path / "pets.pth")
+    predictor = Predictor.load(tmp_path / "pets.pth", name=model.architecture)
+    assert predictor.class_names == ("cat", "dog", "bird")
+    coco = create_model(model.architecture)
+    write_state(to_torch(init_variables(coco, jax.random.key(0)), coco.architecture), tmp_path / "coco.npz")
+    with caplog.at_level("WARNING"):
+        names = Predictor.load(tmp_path / "coco.npz", name=coco.architecture).class_names
+    assert "assumed: COCO's 80" in caplog.text
+    assert (len(set(names)), names[0], names[79]) == (80, "person", "toothbrush")
 
 
 def test_weights_without_simam_in_their_names_are_weights_with_it(small, tmp_path, caplog):

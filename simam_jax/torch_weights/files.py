@@ -26,7 +26,7 @@ _SLACK = 2**27  # bytes that an .npz may unpack to beyond four times its size
 
 
 class Contents(NamedTuple):
-    """What a file holds: the weights by PyTorch's names, and what it says of them (empty for files that are not ours)."""
+    """What a file holds: the weights by PyTorch's names, and what it says of them: of others' files, at most class names."""
 
     state: State
     about: Mapping[str, Any]
@@ -178,8 +178,19 @@ def _read_torch(path: Path) -> tuple[Any, Mapping[str, Any]]:
     harmless += {type(np.dtype(code)) for code in np.typecodes["AllFloat"] + np.typecodes["AllInteger"]}
     with torch.serialization.safe_globals(harmless):
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    about = contents.get(ABOUT, {}) if isinstance(contents, dict) else {}
-    return contents, json.loads(about) if isinstance(about, str) else {}
+    if not isinstance(contents, dict):
+        return contents, {}
+    if isinstance(about := contents.get(ABOUT), str):
+        return contents, json.loads(about)
+    return contents, _class_names_of_mmdetection(contents.get("meta"))
+
+
+def _class_names_of_mmdetection(meta: Any) -> dict[str, Any]:
+    """The class names that mmdetection leaves beside its weights."""
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        return {"class_names": list(names)}
+    return {}
 
 
 def _plain_dictionary(*_default: Any) -> dict[Any, Any]:
