@@ -13,8 +13,8 @@ from trained import preprocessing, variables_of, write_workdir
 import simam_jax
 from simam_jax import export
 from simam_jax.inference import Predictor
-from simam_jax.models import Classifier
-from simam_jax.models.blocks import Bottleneck, InvertedResidual
+from simam_jax.models import Classifier, create_backbone
+from simam_jax.models.blocks import Bottleneck
 from simam_jax.models.resnet import ResNet
 
 # Of a fresh process: the file, then the batches to read and the logits to write.
@@ -36,6 +36,7 @@ RUNTIMES = {
         network = lambda pixels: session.run(["logits"], {"pixels": pixels})[0]
     """,
 }
+TINY: dict = {"stage_sizes": (1, 1), "width": 16, "stem": "deep"}
 FRESH = """if True:
         import sys
         import numpy as np
@@ -94,11 +95,15 @@ def test_a_fresh_process_computes_the_same_logits(name, format, network, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("block", "attention"),
-    [(partial(Bottleneck, pool=True), "cbam"), (partial(Bottleneck, groups=4), "se"), (InvertedResidual, "simam")],
+    "backbone",
+    [
+        ResNet(block=partial(Bottleneck, pool=True), attention="cbam", attention_param=4, **TINY),
+        ResNet(block=partial(Bottleneck, groups=4), attention="se", attention_param=4, **TINY),
+        create_backbone("mobilenet_v2"),
+    ],
+    ids=["pool, cbam", "groups, se", "inverted, simam"],
 )
-def test_onnx_knows_every_layer(block, attention, tmp_path):
-    backbone = ResNet(block=block, stage_sizes=(1, 1), width=16, stem="deep", attention=attention, attention_param=4)
+def test_onnx_knows_every_layer(backbone, tmp_path):
     model = Classifier(architecture="tiny", backbone=backbone, num_classes=5)
     predictor = Predictor(model, variables_of(model), preprocessing(35))  # odd sizes in every stage
     assert export.export(predictor, "onnx", tmp_path / "network.onnx") < 1e-5
