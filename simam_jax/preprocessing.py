@@ -58,9 +58,9 @@ class Preprocessing:
         Raises:
             UserError: no readable image; the message names it.
         """
+        rgb = read_rgb(image)
         from PIL.Image import Resampling
 
-        rgb = read_rgb(image)
         # Only the part that is seen is resized: a panorama would not fit in memory at that height.
         size = (self.image_size, self.image_size)
         return np.asarray(rgb.resize(size, Resampling.BILINEAR, box=self.box(*rgb.size)))
