@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from configs.fields import Field, choice, flag, number, numbers, text, whole
+from configs.fields import Field, choice, flag, number, numbers, path, text, whole
 from simam_jax import errors
 
 FIELDS: dict[str, Any] = {
@@ -24,11 +24,11 @@ FIELDS: dict[str, Any] = {
     "eval_every_epochs": number(1.0, least=0),  # how often the whole evaluation set is run (and always at the end)
     "log_every_steps": whole(100, least=0),  # how often metrics are written; 0: only with evaluations and checkpoints
     "visualize_every_epochs": number(0.0, least=0),  # how often the task's pictures go to TensorBoard; 0: never
-    "init_from": text(""),  # start from these weights: a workdir, a checkpoint, or a PyTorch .pth/.pth.tar
+    "init_from": path(""),  # start from these weights: a workdir, a checkpoint, or a PyTorch .pth/.pth.tar
     "init_skip_head": flag(False),  # with init_from: leave out the head (another number of classes)
     "profile_steps": text(""),  # "FIRST:LAST" updates to write a profile of, for TensorBoard
     "max_step_seconds": number(1800.0, least=0),  # a step (with its data) that takes longer ends the run; 0: never
-    "compilation_cache_dir": text("auto"),  # compiled programs: "auto" the user's cache folder, "" nowhere
+    "compilation_cache_dir": path("auto"),  # compiled programs: "auto" the user's cache folder, "" nowhere
     "ema_decay": number(0.0, least=0, most=1),  # per update, of all parameters and statistics; 0: off
     "model": {
         "name": text("resnet50"),  # one of simam_jax.list_models()
@@ -42,7 +42,7 @@ FIELDS: dict[str, Any] = {
     "data": {
         "source": text("tfds"),  # tfds, folder, digits, synthetic
         "name": text("imagenet2012:5.*.*"),  # TFDS name and version; folder, digits, synthetic: not used
-        "data_dir": text(""),  # tfds, digits: where prepared data lie ("": TFDS's default); folder: the tree's root
+        "data_dir": path(""),  # tfds, digits: where prepared data lie ("": TFDS's default); folder: the tree's root
         "train_split": text("train"),  # TFDS split, or the folder below data_dir
         "eval_split": text("validation"),
         "match_classes": choice(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simam_jax import errors
+from simam_jax.paths import local
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ def flag(default: bool) -> Field:
 def text(default: str) -> Field:
     """Any text."""
     return Field(default, lambda x: "" if isinstance(x, str) else _kind(x, "text"))
+
+
+def path(default: str) -> Field:
+    """A path of this machine's file systems, or a word with a meaning of its own."""
+
+    def problem(x: Any) -> str:
+        if not isinstance(x, str):
+            return _kind(x, "a path")
+        try:
+            local(x)
+        except errors.UserError as error:
+            return str(error).rstrip(".")
+        return ""
+
+    return Field(default, problem)
 
 
 def choice(default: str, *others: str) -> Field:

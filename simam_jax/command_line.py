@@ -48,7 +48,9 @@ def load_predictor(args: argparse.Namespace, **options) -> "Predictor":
     Raises:
         UserError: as `Predictor.load`, or `--class-names` cannot be read.
     """
-    from simam_jax.inference import Predictor  # needs more than a bare install has
+    import PIL  # noqa: F401 - reads the images: if it is missing, say so before the weights are read
+
+    from simam_jax.inference import Predictor
 
     names = read_class_names(args.class_names) if args.class_names else None
     return Predictor.load(

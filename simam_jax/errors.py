@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,10 @@ class UserError(ValueError):
     """A wrong input. The message says what was given, what is accepted and what to do."""
 
 
+class MissingPackageError(UserError):
+    """A package that only an extra brings is not installed."""
+
+
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that is in no table: names the nearest known one, then all of them (or the first 50)."""
     known = list(known)
@@ -38,9 +43,9 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     return UserError(f"Unknown {kind} {value!r}.{hint} Known: {', '.join(known[:50])}{more}.")
 
 
-def missing_package(package: str, extra: str, what: str = "This") -> UserError:
+def missing_package(package: str, extra: str, what: str = "This") -> MissingPackageError:
     """The error for a package that is not installed: names the extra that brings it. `what` needs it."""
-    return UserError(
+    return MissingPackageError(
         f"{what} needs {package}: pip install 'simam-jax[{extra}]' (in a checkout: pip install '.[{extra}]')."
     )
 
@@ -74,6 +79,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     TensorFlow's errors are shown, its notices at the start are not: TF_CPP_MIN_LOG_LEVEL=0 shows them.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # reading images does not use it, and it announces itself
     with as_message():
         sys.exit(main() or 0)

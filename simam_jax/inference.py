@@ -163,6 +163,8 @@ class Predictor(abc.ABC):
     def _read(self, image: ImageLike) -> Any:
         try:
             return self.preprocessing(image)
+        except errors.MissingPackageError:
+            raise  # no image can be read
         except errors.UserError as error:
             return error
 

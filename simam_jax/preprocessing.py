@@ -179,8 +179,10 @@ def read_rgb(image: ImageLike) -> "Image.Image":
         name, source = str(getattr(image, "name", "The file")), image
     elif isinstance(image, Image.Image):
         name, source = "The image", None
-    else:
+    elif hasattr(image, "shape") or isinstance(image, list | tuple):
         name, source, image = "The array", None, _from_array(_as_array(image))
+    else:
+        raise UserError(f"{image!r} is no image: give a path, a file, its bytes, a PIL image, an array or a tensor.")
     opened: Any
     with naming_the_reason(name), contextlib.nullcontext(image) if source is None else Image.open(source) as opened:
         width, height = opened.size
@@ -195,15 +197,16 @@ def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":
     Raises:
         UserError: its values are floating, or integers of more than 16 bits: which one is white is not known.
     """
+    bits16 = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # these two say which value is white
     from PIL import Image
 
     if image.mode == "F":
         raise UserError(f"{name} has floating-point values: save it with 8 or 16 bits a value.")
     if image.mode.startswith("I"):  # PIL's own conversion would cut off instead of scaling
         values = np.asarray(image)
-        if values.min() < 0 or values.max() >= 2**16:
+        if not bits16 or values.min() < 0 or values.max() >= 2**16:
             raise UserError(
-                f"{name} has values of {values.min()} to {values.max()}: save it with 8 or 16 bits a value, 0 to 65535."
+                f"{name} has values of {values.min()} to {values.max()} in 32 bits: save it with 8 or 16 bits a value."
             )
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -215,10 +218,10 @@ def is_one_image(images: Any) -> bool:
         return True
     shape = getattr(images, "shape", None)
     if shape is None:
-        return False
+        return not hasattr(images, "__iter__")
     channels = (1, 3, 4)
     channels_first = hasattr(images, "detach") and len(shape) == 3 and shape[0] in channels
-    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in channels) or channels_first
+    return len(shape) in (0, 2) or (len(shape) == 3 and shape[-1] in channels) or channels_first
 
 
 def _as_array(image: Any) -> np.ndarray:

@@ -21,6 +21,7 @@ from simam_jax.torch_weights.files import read_state
 from simam_jax.torch_weights.variables import check_finite, from_torch
 
 Tree = Any
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def preprocessing_of(found: Weights) -> Any:
     assumed = MODELS[found.model.architecture].preprocessing
     if stored := found.spec.get("preprocessing"):
         return type(assumed)(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
-    logging.warning("The weights do not say how images were prepared; assumed: %s.", asdict(assumed))
+    logger.warning("The weights do not say how images were prepared; assumed: %s.", asdict(assumed))
     return assumed
 
 
@@ -166,7 +167,7 @@ def class_names_of(found: Weights) -> list[str] | None:
     if found.model.num_classes != usual or usual not in _CLASS_NAMES:
         return None
     data_set, file = _CLASS_NAMES[usual]
-    logging.warning("The weights do not name their classes; assumed: %s's %s.", data_set, f"{usual:,}")
+    logger.warning("The weights do not name their classes; assumed: %s's %s.", data_set, f"{usual:,}")
     return (resources.files("simam_jax") / file).read_text().splitlines()
 
 
@@ -199,7 +200,7 @@ def start_from(
         same = ("attention", "attention_param")  # what the parameters' names and shapes do not tell
         if any(getattr(start.model, name) != getattr(model, name) for name in same):
             had, has = ({name: getattr(m, name) for name in same} for m in (start.model, model))
-            logging.warning("config.init_from=%s was trained with %s, this run has %s.", path, had, has)
+            logger.warning("config.init_from=%s was trained with %s, this run has %s.", path, had, has)
         if not skip_head:
             check_class_names(start.spec, spec, f"config.init_from={path}", match_classes)
     else:

@@ -95,7 +95,19 @@ def test_a_package_that_is_missing_is_an_error_that_names_the_extra():
         IMAGENET("image.png")
     """
     result = run("-c", code)
-    assert "simam_jax.errors.UserError: This needs" in result.stderr
+    assert "simam_jax.errors.MissingPackageError: This needs" in result.stderr
+    assert "pip install 'simam-jax[predict]'" in result.stderr
+
+
+def test_a_command_says_what_is_missing_before_it_reads_the_weights():
+    code = """if True:
+        import sys
+        sys.modules["PIL"] = None
+        from simam_jax import errors, predict
+        errors.run_cli(lambda: predict.main(["--checkpoint", "no.npz", "--model", "resnet18", "README.md"]))
+    """
+    result = run("-c", code)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert "pip install 'simam-jax[predict]'" in result.stderr
 
 

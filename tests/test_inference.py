@@ -149,6 +149,9 @@ def test_extreme_sizes_work_or_say_why_not(predictor):
         (np.zeros((8, 8, 3)), "must be uint8 in 0..255, got float64"),
         (np.zeros((8, 8, 5), np.uint8)[None], r"got \(8, 8, 5\)"),
         (np.zeros((0, 8, 3), np.uint8), r"got \(0, 8, 3\)"),
+        (np.uint8(7), r"got \(\)"),
+        (None, "None is no image: give a path"),
+        ([7], "7 is no image: give a path"),
     ],
 )
 def test_arrays_that_are_no_images_are_errors(predictor, array, message):

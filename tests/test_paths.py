@@ -6,10 +6,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import simam_jax
+from configs import base
 from simam_jax import UserError, convert, export, predict, visualize
 from simam_jax.command_line import read_class_names
 from simam_jax.data.folder import open_tree
 from simam_jax.data.prepare import prepare
+from simam_jax.data.tfds import open_prepared
 from simam_jax.inference import Predictor
 from simam_jax.paths import local
 from simam_jax.preprocessing import CIFAR
@@ -26,6 +28,7 @@ ENTRIES = {
     "workdir": writable,
     "init_from": lambda path: start_from(path, MODEL, {"model": MODEL.spec()}, {}, skip_head=False),
     "data_dir": lambda path: open_tree(ConfigDict({"data_dir": path}), "train"),
+    "data_dir of TFDS": lambda path: open_prepared(ConfigDict({"name": "cifar10", "data_dir": path}), "train"),
     "class names": read_class_names,
     "tars": lambda path: prepare("imagenet2012", data_dir="", tars=path),
     "convert from": lambda path: convert.main([path, "there", "--model", "resnet50"]),
@@ -45,6 +48,14 @@ def test_an_address_is_refused(entry, tmp_path, monkeypatch):
     ):
         ENTRIES[entry](ADDRESS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["init_from", "compilation_cache_dir", "data.data_dir"])
+def test_an_address_in_the_config_is_refused_before_anything_is_made(field):
+    config = base.get_config()
+    config.update_from_flattened_dict({field: ADDRESS})
+    with pytest.raises(UserError, match=rf"--config\.{field}=gs://bucket/thing: .* is an address"):
+        base.check(config)
 
 
 @pytest.mark.parametrize("entry", [name for name in ENTRIES if name not in ("workdir", "tars")])

@@ -107,6 +107,13 @@ def test_what_cannot_be_read_says_why_and_what_to_do(state, tmp_path):
     with pytest.raises(UserError, match=r"an object of \S*Custom.*Save the weights alone") as error:
         read_state(tmp_path / "custom.pth")
     assert "weights_only" not in str(error.value)
+    (tmp_path / "noise.pth").write_bytes(np.random.default_rng(0).bytes(1000))
+    (tmp_path / "opcode.pth").write_bytes(b"\x80\x02~.")
+    for name in ("noise.pth", "opcode.pth"):
+        with pytest.raises(UserError, match="cannot be read as a file of weights") as noise:
+            read_state(tmp_path / name)
+        assert "weights_only" not in str(noise.value)
+        assert "an object of" not in str(noise.value)
     assert "\x1b" not in str(error.value)
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>Not found</html>")
     with pytest.raises(UserError, match="an HTML page"):

@@ -19,6 +19,7 @@ from simam_jax.errors import UserError
 from simam_jax.paths import local
 
 ENDINGS = (b".jpeg", b".jpg", b".png", b".bmp", b".gif", b".webp")  # what TensorFlow decodes
+logger = logging.getLogger(__name__)
 SETTLED_NS = 2_000_000_000  # nanoseconds; file systems keep times no coarser than this
 
 
@@ -49,11 +50,13 @@ def open_tree(config: ConfigDict, split: str) -> Records:
     root = local(config.data_dir).resolve()
     if not (root / split).is_dir():
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-        raise errors.unknown(f"folder in {root}" if found else f"folder {root},", split, found or ["an existing one"])
+        if not found:
+            raise UserError(f"There is no folder {root / split}: config.data.data_dir must hold train/CLASS/*.JPEG.")
+        raise errors.unknown(f"folder in {root}", split, found)
     class_names, class_of, files, left_out = index_of(root / split)
     if left_out:
         kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
-        logging.warning("%s: left out: %s.", root / split, kinds)
+        logger.warning("%s: left out: %s.", root / split, kinds)
     if not files:
         endings = ", ".join(ending.decode() for ending in ENDINGS)
         raise UserError(f"No images ({endings}) in {root / split}/CLASS/.")

@@ -8,6 +8,7 @@ It takes hours and, beside the tar files, about twice 150 GB while it runs.
 """
 
 import argparse
+from pathlib import Path
 
 from simam_jax import errors
 from simam_jax.errors import UserError
@@ -30,11 +31,12 @@ def prepare(name: str, *, data_dir: str = "", tars: str = "") -> str:
 
     from simam_jax.data import tfds as tfds_records
 
+    tars = str(local(tars)) if tars else ""
     builder = tfds_records.builder_of(name, data_dir)
     if builder.info.splits:
         return str(builder.data_dir)
     if builder.name == "imagenet2012":
-        folder = local(tars or builder.data_dir_root / "downloads" / "manual")
+        folder = Path(tars or builder.data_dir_root / "downloads" / "manual")
         missing = [tar for tar in IMAGENET_TARS if not (folder / tar).is_file()]
         if missing:
             raise UserError(

@@ -1,7 +1,6 @@
 """Records of TFDS data sets, which are prepared once as TFRecord files."""
 
 import difflib
-import os
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -11,18 +10,20 @@ from simam_jax.data.records import Records
 from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.data.tfrecord import record_offsets, record_reader
 from simam_jax.errors import UserError
+from simam_jax.paths import local
 
 
 def builder_of(name: str, data_dir: str):
     """The TFDS builder of `name`, which may carry a version ("imagenet2012:5.*.*"), or of "digits"; prepared or not."""
     import tensorflow_datasets as tfds
 
+    place = str(local(data_dir)) if data_dir else None
     if name == "digits":
         from simam_jax.data.digits import Digits
 
-        return Digits(data_dir=os.path.expanduser(data_dir) or None)
+        return Digits(data_dir=place)
     try:
-        return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+        return tfds.builder(name, data_dir=place)
     except tfds.core.DatasetNotFoundError:
         near = difflib.get_close_matches(name.partition(":")[0], tfds.list_builders(), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""

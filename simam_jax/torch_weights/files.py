@@ -16,6 +16,7 @@ from simam_jax import errors
 from simam_jax.paths import local
 from simam_jax.torch_weights.names import COUNTER, State
 
+logger = logging.getLogger(__name__)
 ENDINGS = (".pth.tar", ".pth", ".safetensors", ".npz")
 ABOUT = "simam_jax"  # under this name a file of ours says what its weights are for
 KEYS = ("state_dict", "model", "net", "model_state_dict", "weights")  # where training scripts put the weights
@@ -65,10 +66,12 @@ def read_state(path: str | os.PathLike[str], *, key: str | None = None, ema: boo
 def _reason(error: Exception) -> str:
     """The first line of the error, without terminal codes and without torch's advice to turn its safety off."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    if refused := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|Unsupported operand) (\S+)", text):
+    if refused := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", text):
         return (
             f"it holds an object of {refused[1]}, and to read that would run code of the file. Save the weights alone."
         )
+    if "weights_only" in text:  # what else torch's reader of plain data says, of files of noise too
+        return "it is no plain data that torch.save wrote."
     return (text.strip() or type(error).__name__).splitlines()[0]
 
 
@@ -113,7 +116,7 @@ def _choose(contents: Any, path: Path, key: str | None, ema: bool) -> Mapping[st
 def _noticed(contents: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
     beside = [name for name in contents if name not in (key, ABOUT)]
     if beside:
-        logging.warning("%s: only the weights under %r are read, not %s.", path, key, _list(beside))
+        logger.warning("%s: only the weights under %r are read, not %s.", path, key, _list(beside))
     return contents[key]
 
 
@@ -134,7 +137,9 @@ def _cleaned(entries: Mapping[str, Any], path: Path) -> State:
     notices = []
     counters = sum(name.endswith(COUNTER) for name in state)
     if others := len(entries) - len(weights) - counters:
-        notices.append(f"left out {others} entries that are no weights")
+        notices.append(
+            "left out " + ("1 entry that is no weight" if others == 1 else f"{others} entries that are no weights")
+        )
     stripped = ""
     while weights and (prefix := next((p for p in PREFIXES if _encloses(p, weights)), "")):
         stripped += prefix
@@ -142,7 +147,7 @@ def _cleaned(entries: Mapping[str, Any], path: Path) -> State:
     if stripped:
         notices.append(f"stripped {stripped!r} from the names")
     if notices:
-        logging.warning("%s: %s.", path, ", ".join(notices))
+        logger.warning("%s: %s.", path, ", ".join(notices))
     return weights
 
 

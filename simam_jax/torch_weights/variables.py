@@ -15,6 +15,7 @@ from simam_jax.models import Network, create_model, init_variables, variable_sha
 from simam_jax.torch_weights.names import State, VariablePath, from_torch_layout, torch_names, torch_shape
 
 Tree = Any
+logger = logging.getLogger(__name__)
 PLAIN = ("none", "simam")  # kinds of attention without parameters: their weights are each other's
 
 
@@ -51,9 +52,7 @@ def from_torch(
     one_class = create_model(name, num_classes=1, attention=attention, attention_param=attention_param)
     written_with = _attention_of(state, name, attention)
     if written_with != attention:
-        logging.warning(
-            "%s: weights with attention %s, taken for %s (SimAM has none).", source, written_with, attention
-        )
+        logger.warning("%s: weights with attention %s, taken for %s (SimAM has none).", source, written_with, attention)
     if num_classes is None:
         bias = ("params", *one_class.class_layers[0], "bias")
         (key,) = torch_names([bias], name, written_with).values()
@@ -123,6 +122,6 @@ def check_finite(variables: Tree, source: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not np.isfinite(np.asarray(leaf, np.float32 if leaf.dtype == jnp.bfloat16 else None)).all():
             raise UserError(
-                f"{source} holds weights that are not finite ({jax.tree_util.keystr(path)}): its training has failed. "
+                f"{source} holds weights that are not finite ({jax.tree_util.keystr(path, simple=True, separator='/')}): its training has failed. "
                 f"Take an earlier checkpoint."
             )

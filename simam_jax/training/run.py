@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simam_jax import errors
+from simam_jax.paths import local
 from simam_jax.task import Task
 from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
 from simam_jax.training.state import TrainState, create_state
@@ -119,7 +120,7 @@ def use_compilation_cache(directory: str) -> None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         directory = str(Path(base) / "simam_jax" / "compiled")
     if directory:
-        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_compilation_cache_dir", str(local(directory)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
