@@ -219,9 +219,8 @@ def is_one_image(images: Any) -> bool:
     shape = getattr(images, "shape", None)
     if shape is None:
         return not hasattr(images, "__iter__")
-    channels = (1, 3, 4)
-    channels_first = hasattr(images, "detach") and len(shape) == 3 and shape[0] in channels
-    return len(shape) in (0, 2) or (len(shape) == 3 and shape[-1] in channels) or channels_first
+    channels_first = hasattr(images, "detach") and len(shape) == 3 and shape[0] in (1, 3, 4)
+    return len(shape) in (0, 2) or (len(shape) == 3 and shape[-1] <= 4) or channels_first
 
 
 def _as_array(image: Any) -> np.ndarray:

@@ -148,6 +148,7 @@ def test_extreme_sizes_work_or_say_why_not(predictor):
     [
         (np.zeros((8, 8, 3)), "must be uint8 in 0..255, got float64"),
         (np.zeros((8, 8, 5), np.uint8)[None], r"got \(8, 8, 5\)"),
+        (np.zeros((8, 8, 2), np.uint8), r"got \(8, 8, 2\)"),
         (np.zeros((0, 8, 3), np.uint8), r"got \(0, 8, 3\)"),
         (np.uint8(7), r"got \(\)"),
         (None, "None is no image: give a path"),

@@ -5,8 +5,11 @@ a third of the time that a CPU needs for an image (`python -m benchmarks.input_p
 """
 
 import contextlib
+import os
 
-import tensorflow as tf
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # reading images does not use it, and it announces itself
+
+import tensorflow as tf  # noqa: E402
 
 tf.config.set_visible_devices([], "GPU")
 with contextlib.suppress(RuntimeError):  # a notebook that has used TensorFlow already keeps its threads
