@@ -40,15 +40,21 @@ FIELDS: dict[str, Any] = {
         "bn_group_size": whole(64, least=0),  # images per batch-norm statistic; 0: those of one device; batch_size: all
     },
     "data": {
-        "source": text("tfds"),  # tfds, folder, digits, synthetic
+        "source": text("tfds"),  # tfds, folder, digits, synthetic; detection: coco, digit_scenes
         "name": text("imagenet2012:5.*.*"),  # TFDS name and version; folder, digits, synthetic: not used
         "data_dir": path(""),  # tfds, digits: where prepared data lie ("": TFDS's default); folder: the tree's root
         "train_split": text("train"),  # TFDS split, or the folder below data_dir
         "eval_split": text("validation"),
+        "train_annotations": path(""),  # coco: a json; "": data_dir/annotations/instances_TRAIN_SPLIT.json
+        "train_images": path(""),  # coco: the folder of its images; "": data_dir/TRAIN_SPLIT
+        "eval_annotations": path(""),  # the same for evaluation
+        "eval_images": path(""),
         "match_classes": choice(
             "by_name", "by_order"
         ),  # eval, resume, init_from: how the data's classes and the weights' meet
-        "image_size": whole(224, least=1),  # pixels, height and width of what the network sees
+        "image_size": whole(224, least=1),  # classification: pixels, height and width of what the network sees
+        "min_size": whole(800, least=1),  # detection: pixels, the shorter side of what the network sees
+        "max_size": whole(1333, least=1),  # detection: the longer side is at most this
         "augmentation": choice("random_resized_crop", "pad_crop", "none"),
         "min_area": number(
             0.08, least=0, most=1, above=True
@@ -72,10 +78,14 @@ FIELDS: dict[str, Any] = {
     "schedule": {
         "name": choice("step", "cosine"),
         "learning_rate": number(0.1, least=0),  # the peak
+        "batch_size": whole(
+            0, least=0
+        ),  # images an update that the rates are for: they are scaled with batch_size; 0: not
         "step_epochs": numbers((30.0, 60.0, 90.0), least=0),  # step: when the rate is multiplied by step_factor
         "step_factor": number(0.1, least=0),
         "final_learning_rate": number(0.0, least=0),  # cosine: where it ends
         "warmup_epochs": number(0.0, least=0),  # length of the warm-up; 0: none
+        "warmup_steps": whole(0, least=0),  # its length in updates instead; 0: warmup_epochs decides
         "warmup_learning_rate": number(0.0, least=0),  # where the warm-up starts
         "warmup_constant": flag(False),  # stay at warmup_learning_rate, then jump, instead of a straight line
     },
@@ -92,10 +102,18 @@ FIELDS: dict[str, Any] = {
         "mixup_alpha": number(0.0, least=0),  # Beta(alpha, alpha); 0: off
         "cutmix_alpha": number(0.0, least=0),  # with both on, each pair of images draws one of the two
     },
+    "detection": {
+        "batch_norm": choice(
+            "frozen", "trained"
+        ),  # frozen: running statistics, never updated; scale and bias are trained
+        "frozen_stages": whole(1, least=0, most=4),  # of the backbone, with its stem; 0: all is trained
+        "images_per_group": whole(1, least=1),  # neighbours whose extent is shared in training (the original: 2)
+        "scale_jitter": numbers((1.0, 1.0), least=0, length=2, above=True),  # of training images' sides, then a crop
+    },
     "checkpoint": {
         "every_epochs": number(1.0, least=0),  # 0: only at the end
         "keep_last": whole(3, least=1),  # the newest ones
-        "keep_best": whole(1, least=0),  # those with the best score of the task (classification: eval top-1)
+        "keep_best": whole(1, least=0),  # those with the best score of the task (classification: top-1; detection: AP)
     },
     "distributed": {  # all empty: one process, or what JAX detects (see the README)
         "coordinator_address": text(""),  # HOST:PORT of process 0

@@ -18,15 +18,13 @@ from jax.typing import ArrayLike
 from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
 from simam_jax.detection.detections import Detections
+from simam_jax.detection.masks import in_image
 from simam_jax.models import MODELS, Detector, Network
 from simam_jax.ops.extent import zero_beyond
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
 from simam_jax.preprocessing import STRIDE, ImageLike, Resized, is_one_image
-from simam_jax.rcnn.masks import paste
 
-_CANVAS = 256  # pixels: masks are pasted into images whose sides are multiples of it
-_MASKS = 20  # pasted at a time
 _AHEAD = 2  # batches on their way through the device while the next images are read
 
 
@@ -271,20 +269,8 @@ class DetectorPredictor(Predictor):
         count, masks = int(found.count), None
         boxes, scores, labels = (np.asarray(x)[:count] for x in (found.boxes, found.scores, found.labels))
         if found.masks is not None:
-            masks = self._paste(found.masks, found.boxes, count, image.size)
+            masks = in_image(found.masks, found.boxes, count, image.size)
         return Detections(boxes, scores, labels, masks, self.class_names)
-
-    def _paste(self, probabilities: jax.Array, boxes: jax.Array, count: int, size: tuple[int, int]) -> np.ndarray:
-        height, width = size
-        canvas = tuple(-(-side // _CANVAS) * _CANVAS for side in size)  # few shapes are compiled
-        # A few masks at a time: one of a large photograph is megabytes.
-        packed = [_paste(probabilities[i : i + _MASKS], boxes[i : i + _MASKS], canvas) for i in range(0, count, _MASKS)]
-        bits = np.concatenate([np.zeros((0, canvas[0], canvas[1] // 8), np.uint8), *map(np.asarray, packed)])[:count]
-        masks = np.unpackbits(bits, axis=-1, count=canvas[1])
-        return masks[:, :height, :width].astype(bool)
-
-
-_paste = jax.jit(lambda masks, boxes, size: paste(masks, boxes, size=size), static_argnums=2)
 
 
 def _ahead(

@@ -59,6 +59,8 @@ class Task:
         costs: rows for `--mode check`, name -> text: what the network is and what it costs.
         trainable: whether the parameter at a path is trained. One that is not has no gradient, no decay and no optimizer
             state, and never changes.
+        batch_statistics: whether an update normalises by statistics of its own batch.
+        images_of: from an update's index to the names of its images, for messages; None: they are not known.
         pictures: from variables on one device to pictures for TensorBoard, uint8 (N, H, W, 3) by name; None: there are
             none. Called on the first process only.
     """
@@ -80,6 +82,8 @@ class Task:
     accepts: Callable[[Mapping[str, Any]], None] = lambda _meta: None
     costs: Callable[[], Mapping[str, str]] = dict
     trainable: Callable[[Path], bool] = lambda _path: True
+    batch_statistics: bool = True
+    images_of: Callable[[int], str] | None = None
     pictures: Callable[[Tree], Mapping[str, np.ndarray]] | None = None
 
 

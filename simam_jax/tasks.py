@@ -5,10 +5,14 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from simam_jax.classification import task as classification
+from simam_jax.detection import task as detection
 from simam_jax.errors import unknown
 from simam_jax.task import Task
 
-TASKS: dict[str, Callable[[ConfigDict], Task]] = {"classification": classification.make_task}
+TASKS: dict[str, Callable[[ConfigDict], Task]] = {
+    "classification": classification.make_task,
+    "detection": detection.make_task,
+}
 
 
 def make_task(config: ConfigDict) -> Task:

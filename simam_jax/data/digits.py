@@ -9,6 +9,19 @@ import tensorflow_datasets as tfds
 NUM_TEST_PER_CLASS = 36
 
 
+def load_split() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The digits, uint8 (1797, 8, 8, 1), white on black; their labels; and which are for the test, bool."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    # Evenly over the whole collection: its writers come one after the other.
+    test = np.zeros(len(labels), bool)
+    for digit in range(10):
+        own = np.flatnonzero(labels == digit)
+        test[own[np.linspace(0, len(own) - 1, NUM_TEST_PER_CLASS).round().astype(int)]] = True
+    return np.minimum(pixels.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8), labels, test  # 0..16 in scikit-learn
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """1,797 handwritten digits of 8x8 pixels (UCI, Alpaydin and Kaynak 1998), a fixed stratified train/test split."""
 
@@ -27,15 +40,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:  # noqa: ARG002
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        # Evenly over the whole collection: its writers come one after the other.
-        test = np.zeros(len(labels), bool)
-        for digit in range(10):
-            own = np.flatnonzero(labels == digit)
-            test[own[np.linspace(0, len(own) - 1, NUM_TEST_PER_CLASS).round().astype(int)]] = True
-        images = np.minimum(pixels.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)  # 0..16 as scikit-learn has them
+        images, labels, test = load_split()
         return {
             name: self._generate_examples(images, labels, np.flatnonzero(chosen))
             for name, chosen in (("train", ~test), ("test", test))

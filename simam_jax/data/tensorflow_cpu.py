@@ -9,7 +9,7 @@ import os
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # reading images does not use it, and it announces itself
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
 
 tf.config.set_visible_devices([], "GPU")
 with contextlib.suppress(RuntimeError):  # a notebook that has used TensorFlow already keeps its threads

@@ -14,7 +14,7 @@ from simam_jax.paths import local
 
 
 def builder_of(name: str, data_dir: str):
-    """The TFDS builder of `name`, which may carry a version ("imagenet2012:5.*.*"), or of "digits"; prepared or not."""
+    """The TFDS builder of `name`, which may carry a version ("imagenet2012:5.*.*"), or of an embedded one; prepared or not."""
     import tensorflow_datasets as tfds
 
     place = str(local(data_dir)) if data_dir else None
@@ -22,6 +22,10 @@ def builder_of(name: str, data_dir: str):
         from simam_jax.data.digits import Digits
 
         return Digits(data_dir=place)
+    if name == "digit_scenes":
+        from simam_jax.data.digit_scenes import DigitScenes
+
+        return DigitScenes(data_dir=place)
     try:
         return tfds.builder(name, data_dir=place)
     except tfds.core.DatasetNotFoundError:
@@ -46,18 +50,23 @@ def open_prepared(config: ConfigDict, split: str) -> Records:
 
 def open_digits(config: ConfigDict, split: str) -> Records:
     """A split of scikit-learn's digits, prepared on first use: that takes seconds and no download."""
+    return _records_of(prepared("digits", config.data_dir), split)
+
+
+def prepared(name: str, data_dir: str):
+    """The builder of an embedded data set, prepared now if it has not been."""
     import tensorflow_datasets as tfds
 
-    builder = builder_of("digits", config.data_dir)
+    builder = builder_of(name, data_dir)
     if not builder.info.splits:
         tfds.disable_progress_bar()
         try:
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         except Exception:  # TFDS lets the file system's own errors through
-            builder = builder_of("digits", config.data_dir)
+            builder = builder_of(name, data_dir)
             if not builder.info.splits:  # not just another process that was quicker
                 raise
-    return _records_of(builder, split)
+    return builder
 
 
 def _records_of(builder, split: str) -> Records:

@@ -44,6 +44,9 @@ class Detector(Network, kw_only=True):
 
     backbone: ResNet
     masks: bool = False  # whether it is a Mask R-CNN
+    width: int = 256  # channels of the pyramid and of what looks at it
+    hidden: int = 1024  # numbers in the box head's two layers
+    sampled_rois: int = 512  # of an image, in training
     min_bbox_size: float = -1.0  # proposals must be wider and higher; below 0 none is dropped: see `rcnn.proposals`
 
     @property
@@ -52,11 +55,11 @@ class Detector(Network, kw_only=True):
         return ("bbox_head", "fc_cls"), ("bbox_head", "fc_reg"), *masks
 
     def setup(self):
-        self.neck = FPN()
-        self.rpn_head = RPNHead()
-        self.bbox_head = BoxHead(self.num_classes)
+        self.neck = FPN(self.width)
+        self.rpn_head = RPNHead(self.width)
+        self.bbox_head = BoxHead(self.num_classes, self.hidden)
         if self.masks:
-            self.mask_head = MaskHead(self.num_classes)
+            self.mask_head = MaskHead(self.num_classes, self.width)
 
     def __call__(
         self,
@@ -98,10 +101,10 @@ class Detector(Network, kw_only=True):
 
     # The parts, which training calls too
 
-    def pyramid(self, images: jax.Array, extent: ArrayLike | None = None) -> list[jax.Array]:
-        """P2 to P6, (N, h, w, 256) in `dtype`."""
+    def pyramid(self, images: jax.Array, extent: ArrayLike | None = None, train_norm: bool = False) -> list[jax.Array]:
+        """P2 to P6, (N, h, w, width) in `dtype`. With `train_norm` batch norm is trained, over whole maps: no extent then."""
         images, extent = as_images(images, self.dtype), _checked(extent, images, "extent")
-        _, stages = self.backbone(images, extent=extent)
+        _, stages = self.backbone(images, train_norm, extent=extent)
         return self.neck(list(stages.values()), extent)
 
     def rpn(self, levels: Sequence[jax.Array], extent: ArrayLike | None = None) -> RPNOutputs:
@@ -150,12 +153,16 @@ class Detector(Network, kw_only=True):
         return {**super().spec(), "min_bbox_size": self.min_bbox_size}
 
 
-def trainable(path: Sequence[str]) -> bool:
+def trainable(path: Sequence[str], frozen_stages: int = 1) -> bool:
     """Whether a detector's parameter at a path, such as ("backbone", "layer1_0", "conv1", "kernel"), is trained.
 
-    The backbone's stem and first stage are not, as in the reference implementation.
+    Args:
+        path: among the parameters.
+        frozen_stages: so many of the backbone's stages, and its stem, are not; 1 in the reference implementation. 0: all is
+            trained.
     """
-    return not (path[0] == "backbone" and path[1].startswith(("conv1", "bn1", "layer1_")))
+    frozen = ("conv1", "bn1", *(f"layer{stage}_" for stage in range(1, frozen_stages + 1)))
+    return not (frozen_stages and path[0] == "backbone" and path[1].startswith(frozen))
 
 
 def sizes_of(images: jax.Array, extent: ArrayLike | None, image_size: ArrayLike | None) -> Sizes:

@@ -1,5 +1,6 @@
 """What a detector learns from: the losses of its two stages, image by image."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from simam_jax.rcnn.proposals import Proposals
 from simam_jax.rcnn.sample import Sample, sample, with_targets
 
 BEFORE_NMS = 2000  # anchors of a level that become proposals at most, in training
-MOST_POSITIVE = 128  # of the 256 sampled anchors, and of the 512 sampled rois
+SAMPLED_ANCHORS = 256  # of an image, at most half of them positive; of rois at most a quarter
 _DIVISOR = 32  # the reference implementation pads every image to a multiple of this
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -53,23 +54,49 @@ def losses(
     extent: ArrayLike | None = None,
     image_size: ArrayLike | None = None,
     chosen: Chosen | None = None,
+    frozen_stages: int = 1,
 ) -> Sums:
     """The parts of the loss, and two measures, of every image: by name (sum, count), each (N,) float32.
 
     The loss is the sum of `LOSSES` over the sums of a batch divided by the sums of their counts: `total`. Those that are
     none of `LOSSES` are "positives", sampled rois that show an object, and "recall", the ground truth that a proposal
-    overlaps by half or more. Batch norm uses its running statistics. What is not `trainable` has gradients of 0, and
-    proposals, matches and samples have none.
+    overlaps by half or more. Batch norm uses its running statistics. What is not `trainable` has gradients of 0, and proposals, matches and samples have none.
 
     Args:
         variables: {"params": ..., "batch_stats": ...}.
         images, extent, image_size: as for `model.apply`. A detector with masks needs targets with masks.
         keys: (N,) random keys, one an image.
+        frozen_stages: of the backbone, as for `trainable`.
+    """
+    sizes = {"extent": extent, "image_size": image_size}
+    return losses_and_statistics(
+        model, variables, images, targets, keys, **sizes, chosen=chosen, frozen_stages=frozen_stages
+    )[0]
+
+
+def losses_and_statistics(
+    model: Detector,
+    variables: Any,
+    images: jax.Array,
+    targets: Targets,
+    keys: jax.Array,
+    *,
+    extent: ArrayLike | None = None,
+    image_size: ArrayLike | None = None,
+    chosen: Chosen | None = None,
+    frozen_stages: int = 1,
+    train_norm: bool = False,
+) -> tuple[Sums, Any]:
+    """As `losses`, and the new "batch_stats"; {} without `train_norm`.
+
+    With `train_norm` batch norm normalises by the statistics of this batch, over whole maps, padding too: there must be no
+    extent. Without, it uses the running ones, as in the reference implementation.
     """
     chosen = chosen or Chosen()
-    variables = {**variables, "params": _without_frozen_gradients(variables["params"])}
+    frozen = partial(trainable, frozen_stages=frozen_stages)
+    variables = {**variables, "params": _without_frozen_gradients(variables["params"], frozen)}
     sizes = sizes_of(images, extent, image_size)
-    levels = _of_variables(model, variables, "pyramid", images, extent)
+    levels, updates = model.apply(variables, images, extent, train_norm, method="pyramid", mutable=["batch_stats"])
     outputs = _of_variables(model, variables, "rpn", levels, extent)
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     # What the reference implementation pads an image to for itself; a tensor of several images may be larger.
@@ -90,7 +117,7 @@ def losses(
     ones = jnp.ones(len(images), jnp.float32)
     found["positives"] = second.sample.num_positive.astype(jnp.float32), ones
     found["recall"] = jax.vmap(_recall)(targets, proposals)
-    return found
+    return found, updates["batch_stats"] if train_norm else {}
 
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
@@ -106,9 +133,9 @@ def _of_variables(model: Detector, variables: Any, method: str, *inputs: Any) ->
     return model.apply(variables, *inputs, method=method)
 
 
-def _without_frozen_gradients(params: Any) -> Any:
+def _without_frozen_gradients(params: Any, trained: Callable[[Sequence[str]], bool]) -> Any:
     return unflatten_dict(
-        {path: x if trainable(path) else lax.stop_gradient(x) for path, x in flatten_dict(params).items()}
+        {path: x if trained(path) else lax.stop_gradient(x) for path, x in flatten_dict(params).items()}
     )
 
 
@@ -126,7 +153,7 @@ def _first_stage(
         # Anchors beyond the image's own padding are no candidates here, though they are as proposals.
         valid = jnp.concatenate(valid_anchors(maps, padded))
         matches, _ = assign(grid, valid, targets.boxes, targets.count, positive=0.7, negative=0.3, low_quality=0.3)
-        picked = chosen or sample(matches, key, num=256, max_positive=MOST_POSITIVE)
+        picked = chosen or sample(matches, key, num=SAMPLED_ANCHORS, max_positive=SAMPLED_ANCHORS // 2)
         return rpn_losses(logits, deltas, grid, targets.boxes, matches, picked)
 
     logits, deltas = (jnp.concatenate(part, axis=1) for part in outputs)
@@ -152,7 +179,7 @@ def _second_stage(
     low_quality = 0.5 if model.masks else None  # as the reference implementation's two configurations have it
     matches, _ = assign(proposals.boxes, real, boxes, count, positive=0.5, negative=0.5, low_quality=low_quality)
     candidates, matches = with_targets(boxes, count, proposals.boxes, matches)
-    picked = chosen or sample(matches, key, num=512, max_positive=MOST_POSITIVE)
+    picked = chosen or sample(matches, key, num=model.sampled_rois, max_positive=model.sampled_rois // 4)
     labels = roi_labels(targets.labels, matches, picked, model.num_classes)
     return _Second(picked, lax.stop_gradient(candidates[picked.indices]), matches[picked.indices], labels)
 
@@ -167,7 +194,7 @@ def _mask_loss(
     second: _Second,
 ) -> tuple[jax.Array, jax.Array]:
     rois, matches, labels, positive = (
-        x[:, :MOST_POSITIVE] for x in (second.rois, second.matches, second.labels, second.sample.positive)
+        x[:, : model.sampled_rois // 4] for x in (second.rois, second.matches, second.labels, second.sample.positive)
     )  # positives come first
     own = jnp.minimum(labels, model.num_classes - 1)
     logits = _of_variables(model, variables, "mask_logits", levels, sizes, rois, positive, own)

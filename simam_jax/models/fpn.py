@@ -9,15 +9,16 @@ from simam_jax.initializers import xavier_uniform, zeros
 from simam_jax.layers import Conv
 from simam_jax.ops.extent import at_stride
 
-WIDTH = 256  # channels of every level
 STRIDES = (4, 8, 16, 32)  # of the maps that a backbone hands over
 
 
 class FPN(nn.Module):
-    """The outputs of a backbone's four stages to the five levels P2 to P6, (N, H, W, 256) each.
+    """The outputs of a backbone's four stages to the five levels P2 to P6, (N, H, W, width) each.
 
     P6 is P5 at every second place.
     """
+
+    width: int = 256
 
     @nn.compact
     def __call__(self, stages: Sequence[jax.Array], extent: jax.Array | None = None) -> list[jax.Array]:
@@ -28,10 +29,10 @@ class FPN(nn.Module):
         """
         levels: list[jax.Array] = []
         for i in reversed(range(len(STRIDES))):
-            x = Conv(WIDTH, kernel_init=xavier_uniform, bias_init=zeros, name=f"lateral_convs_{i}")(stages[i])
+            x = Conv(self.width, kernel_init=xavier_uniform, bias_init=zeros, name=f"lateral_convs_{i}")(stages[i])
             levels.insert(0, x + _doubled(levels[0], like=x) if levels else x)
         for i, (x, stride) in enumerate(zip(levels, STRIDES, strict=True)):
-            smooth = Conv(WIDTH, 3, kernel_init=xavier_uniform, bias_init=zeros, name=f"fpn_convs_{i}")
+            smooth = Conv(self.width, 3, kernel_init=xavier_uniform, bias_init=zeros, name=f"fpn_convs_{i}")
             levels[i] = smooth(x, at_stride(extent, stride))
         return [*levels, levels[-1][:, ::2, ::2]]
 

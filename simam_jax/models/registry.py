@@ -93,6 +93,17 @@ for _depth in (18, 50, 101):
         f"mask_rcnn_resnet{_depth}_fpn": _Coco(partial(Detector, masks=True)),
     }
 
+# For quick tries, tests and the notebook: nothing of the reference implementation's.
+_tiny = partial(Detector, width=64, hidden=256, sampled_rois=64)
+_Tiny = partial(
+    Architecture,
+    partial(ResNet, block=BasicBlock, stage_sizes=(1, 1, 1, 1), width=32),
+    task="detection",
+    num_classes=80,
+    preprocessing=COCO,
+)
+MODELS |= {"faster_rcnn_tiny_fpn": _Tiny(_tiny), "mask_rcnn_tiny_fpn": _Tiny(partial(_tiny, masks=True))}
+
 ATTENTIONS = ("none", *KINDS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

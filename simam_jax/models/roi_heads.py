@@ -6,22 +6,20 @@ from flax import linen as nn
 
 from simam_jax.initializers import Initializer, he_normal, xavier_uniform, zeros
 from simam_jax.layers import Conv, Linear
-from simam_jax.models.fpn import WIDTH
 from simam_jax.ops.moments import at_least_float32
-
-HIDDEN = 1024
 
 
 class BoxHead(nn.Module):
     """Features (R, 7, 7, C) to class logits (R, num_classes + 1), the last for background, and deltas (R, 4 * num_classes)."""
 
     num_classes: int
+    hidden: int = 1024
 
     @nn.compact
     def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = features.reshape(len(features), -1)
         for i in range(2):
-            x = nn.relu(Linear(HIDDEN, kernel_init=xavier_uniform, bias_init=zeros, name=f"shared_fcs_{i}")(x))
+            x = nn.relu(Linear(self.hidden, kernel_init=xavier_uniform, bias_init=zeros, name=f"shared_fcs_{i}")(x))
         logits = Linear(self.num_classes + 1, kernel_init=Initializer("normal", 0.01), bias_init=zeros, name="fc_cls")
         deltas = Linear(4 * self.num_classes, kernel_init=Initializer("normal", 0.001), bias_init=zeros, name="fc_reg")
         return logits(x), deltas(x)
@@ -31,13 +29,14 @@ class MaskHead(nn.Module):
     """Features (R, 14, 14, C) and a class (R,) for each to the logits (R, 28, 28) of that class's mask, float32."""
 
     num_classes: int
+    width: int = 256
 
     @nn.compact
     def __call__(self, features: jax.Array, labels: jax.Array) -> jax.Array:
         x = features
         for i in range(4):
-            x = nn.relu(Conv(WIDTH, 3, bias_init=zeros, name=f"convs_{i}")(x))
-        x = nn.relu(Upsample(WIDTH, name="upsample")(x))
+            x = nn.relu(Conv(self.width, 3, bias_init=zeros, name=f"convs_{i}")(x))
+        x = nn.relu(Upsample(self.width, name="upsample")(x))
         return OwnClass(self.num_classes, name="conv_logits")(x, labels)
 
 

@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from simam_jax.initializers import Initializer, zeros
 from simam_jax.layers import Conv
-from simam_jax.models.fpn import WIDTH
 from simam_jax.ops.extent import at_stride
 from simam_jax.rcnn.anchors import RATIOS, STRIDES
 
@@ -25,6 +24,8 @@ class RPNOutputs(NamedTuple):
 class RPNHead(nn.Module):
     """P2 to P6 to objectness and deltas of every anchor: three layers that all levels share."""
 
+    width: int = 256
+
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array], extent: jax.Array | None = None) -> RPNOutputs:
         """
@@ -33,7 +34,7 @@ class RPNHead(nn.Module):
             extent: (N, 2) in pixels, where images end: see `ops.extent`.
         """
         num = len(RATIOS)
-        shared = Conv(WIDTH, 3, kernel_init=_normal, bias_init=zeros, name="rpn_conv")
+        shared = Conv(self.width, 3, kernel_init=_normal, bias_init=zeros, name="rpn_conv")
         objectness = Conv(num, kernel_init=_normal, bias_init=zeros, name="rpn_cls")
         box = Conv(4 * num, kernel_init=_normal, bias_init=zeros, name="rpn_reg")
         logits, deltas = [], []

@@ -32,9 +32,14 @@ def check(config: ConfigDict, workdir: str, make_task: Callable[[ConfigDict], Ta
     rows = dict(run.task.costs())
     rows["data"] = f"{run.task.num_train} training and {run.task.num_eval} evaluation images"
     rows["devices"] = f"{run.mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es)"
+    norm = (
+        f"batch norm over {config.model.bn_group_size or 'a device'}"
+        if run.task.batch_statistics
+        else "batch norm fixed"
+    )
     rows["batch"] = (
         f"{config.batch_size} images an update, {config.batch_size // run.mesh.size} on each device, "
-        f"in {config.optimizer.grad_accum_steps} micro-batch(es), batch norm over {config.model.bn_group_size or 'a device'}"
+        f"in {config.optimizer.grad_accum_steps} micro-batch(es), {norm}"
     )
     rows["length"] = f"{run.num_steps} updates, {run.epochs_at(run.num_steps):.2f} epochs"
     for name, text in rows.items():

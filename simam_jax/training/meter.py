@@ -62,11 +62,13 @@ class Meter:
         values = jax.device_get(self._values)
         for index, update in enumerate((each["scalars"] for each in values), self._step + 1):
             if not (np.isfinite(update["loss"]) and np.isfinite(update["grad_norm"])):
+                images_of = self._run.task.images_of
                 raise errors.UserError(
                     f"In update {index} the loss is {update['loss']:g} and the gradient's norm "
                     f"{update['grad_norm']:g}. Try a lower --config.schedule.learning_rate, a warm-up "
                     f"(--config.schedule.warmup_epochs), --config.optimizer.clip_global_norm=1 or "
                     f"--config.model.dtype=float32. {last_good()}."
+                    + (f" The images of this update: {images_of(index - 1)}." if images_of else "")
                 )
         scalars = {f"train/{name}": mean for name, mean in self._means(values).items()}
         scalars |= {name: float(x) for name, x in values[-1]["scalars"].items() if name != "loss"}

@@ -18,6 +18,21 @@ def steps_in(epochs: float, num_examples: int, batch_size: int) -> int:
     return math.ceil(round(epochs * num_examples / batch_size, 6))
 
 
+def warmup_steps(config: ConfigDict, num_examples: int, batch_size: int) -> int:
+    """Updates of the warm-up; `config` is the `schedule` section."""
+    return config.warmup_steps or steps_in(config.warmup_epochs, num_examples, batch_size)
+
+
+def scaled(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """The `schedule` section with rates for a batch of this size, where it says which one they are for (Goyal et al., 2017)."""
+    if not config.batch_size or config.batch_size == batch_size:
+        return config
+    config, factor = config.copy_and_resolve_references(), batch_size / config.batch_size
+    for name in ("learning_rate", "final_learning_rate", "warmup_learning_rate"):
+        config[name] *= factor
+    return config
+
+
 def learning_rate(config: ConfigDict, *, num_examples: int, batch_size: int, num_steps: int) -> Schedule:
     """The learning rate of each update.
 
@@ -33,7 +48,7 @@ def learning_rate(config: ConfigDict, *, num_examples: int, batch_size: int, num
     Raises:
         UserError: an unknown schedule name.
     """
-    warmup = steps_in(config.warmup_epochs, num_examples, batch_size)
+    warmup = warmup_steps(config, num_examples, batch_size)
     drops = jnp.array([steps_in(e, num_examples, batch_size) for e in config.step_epochs], jnp.int32)
 
     def step_rate(step: jax.typing.ArrayLike) -> jax.Array:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from simam_jax import errors
 from simam_jax.paths import local
 from simam_jax.task import Task
-from simam_jax.training.optimizer import Schedule, learning_rate, sgd, steps_in
+from simam_jax.training.optimizer import Schedule, learning_rate, scaled, sgd, steps_in, warmup_steps
 from simam_jax.training.state import TrainState, create_state
 from simam_jax.training.step import check_divisible, make_eval_step, make_mesh, make_train_step, replicated
 
@@ -83,9 +83,8 @@ def build(config: ConfigDict, make_task: Callable[[ConfigDict], Task]) -> Run:
         raise errors.UserError(
             f"config.num_epochs={config.num_epochs} and config.num_steps={config.num_steps} make no update."
         )
-    rate = learning_rate(
-        config.schedule, num_examples=task.num_train, batch_size=config.batch_size, num_steps=num_steps
-    )
+    schedule = scaled(config.schedule, config.batch_size)
+    rate = learning_rate(schedule, num_examples=task.num_train, batch_size=config.batch_size, num_steps=num_steps)
     run = Run(config, mesh, task, rate, sgd(config.optimizer, rate), num_steps)
     if odd := "; ".join(_odd(run)):
         logging.warning("This run is small for its settings: %s.", odd)
@@ -100,14 +99,14 @@ def _odd(run: Run) -> Iterator[str]:
             f"an update of {config.batch_size} images sees the {num_train} of the training set more than once "
             f"(--config.batch_size={num_train} or less)"
         )
-    warmup = run.steps_in(config.schedule.warmup_epochs)
+    warmup = warmup_steps(config.schedule, num_train, config.batch_size)
     if warmup >= run.num_steps:
         yield (
             f"the warm-up of {warmup} updates fills the run of {run.num_steps}, so that the rate never reaches "
             f"{config.schedule.learning_rate} (a smaller --config.schedule.warmup_epochs, or 0)"
         )
     micro_batch = config.batch_size // config.optimizer.grad_accum_steps
-    if run.num_steps > 1 and micro_batch < FEW_IMAGES:
+    if run.task.batch_statistics and run.num_steps > 1 and micro_batch < FEW_IMAGES:
         yield (
             f"batch norm takes statistics over {micro_batch} images at most (a larger --config.batch_size, or fewer "
             f"--config.optimizer.grad_accum_steps)"

@@ -1,0 +1,77 @@
+"""The order of images of several shapes: batches of one shape each, a function of seed and update alone."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Shape = tuple[int, int]  # height and width in pixels
+
+
+class Place(NamedTuple):
+    """Which example a row of a batch shows, and when: what the row is a function of."""
+
+    epoch: int
+    index: int
+
+
+def merged(shapes: Sequence[Shape], least: int) -> list[Shape]:
+    """The shapes, without those that fewer than `least` images have: they take the next larger one that holds them.
+
+    Else their images would wait for others to make a batch with, and each shape is a compilation.
+    """
+    shapes = list(shapes)
+    while True:
+        counts = {shape: shapes.count(shape) for shape in set(shapes)}
+        rare = [shape for shape in sorted(counts, key=_area) if counts[shape] < least]
+        if not rare or len(counts) == 1:
+            return shapes
+        small = rare[0]
+        larger = [s for s in counts if s != small and s[0] >= small[0] and s[1] >= small[1]]
+        if larger:
+            place = min(larger, key=_area)
+        else:  # it is the largest one of its kind: with the nearest other one it makes a shape that holds both
+            other = min((s for s in counts if s != small), key=lambda s: _area(_around(s, small)))
+            place = _around(small, other)
+            shapes = [place if s == other else s for s in shapes]
+        shapes = [place if s == small else s for s in shapes]
+
+
+def _area(shape: Shape) -> int:
+    return shape[0] * shape[1]
+
+
+def _around(a: Shape, b: Shape) -> Shape:
+    return max(a[0], b[0]), max(a[1], b[1])
+
+
+def permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, int64 (num_examples,)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(num_examples)
+
+
+def training_order(shapes: Sequence[Shape], batch_size: int, seed: int) -> Iterator[list[Place]]:
+    """Without end, the places of each batch.
+
+    Every epoch shows every image once, in the order of its `permutation`. A batch is made as soon as there are enough
+    images of a shape; those left over at the end of an epoch come first in the next one.
+    """
+    waiting: dict[Shape, list[Place]] = {}
+    for epoch in itertools.count():
+        for index in permutation(len(shapes), seed, epoch).tolist():
+            queue = waiting.setdefault(shapes[index], [])
+            queue.append(Place(epoch, index))
+            if len(queue) == batch_size:
+                yield waiting.pop(shapes[index])
+
+
+def evaluation_order(shapes: Sequence[Shape], batch_size: int) -> Iterator[tuple[list[Place], int]]:
+    """The places of each batch of one pass, and how many are real: the last batch of a shape repeats an image to be full."""
+    members: dict[Shape, list[Place]] = {}
+    for index, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(Place(0, index))
+    for shape in sorted(members):
+        for first in range(0, len(members[shape]), batch_size):
+            rows = members[shape][first : first + batch_size]
+            yield [*rows, *itertools.repeat(rows[-1], batch_size - len(rows))], len(rows)

@@ -1,0 +1,246 @@
+"""The task of `config.task = "detection"`: boxes, and masks where the network has them; Faster and Mask R-CNN."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from ml_collections import ConfigDict
+
+from simam_jax import models, weights
+from simam_jax.data import objects
+from simam_jax.detection import pipeline
+from simam_jax.detection.detections import Detections
+from simam_jax.detection.evaluation import CocoEvaluator, Truth, describe_scores
+from simam_jax.detection.masks import in_image
+from simam_jax.errors import UserError
+from simam_jax.models import Detector, variable_shapes
+from simam_jax.models.costs import summarize
+from simam_jax.models.detector import trainable
+from simam_jax.models.detector_losses import LOSSES, Targets, losses_and_statistics
+from simam_jax.ops.extent import zero_beyond
+from simam_jax.ops.images import normalize
+from simam_jax.preprocessing import STRIDE, DetectionPreprocessing
+from simam_jax.task import AXIS, Batch, Scores, Sums, Task, Tree
+
+SHOWN_IMAGES = 4  # pictures for TensorBoard
+SHOWN_SCORE = 0.3  # from which on objects are drawn
+
+
+def make_task(config: ConfigDict) -> Task:
+    """The detection task that `config` describes.
+
+    Raises:
+        UserError: anything in the config or the data that cannot be done, named.
+    """
+    model = _model(config, num_classes=1)
+    train = objects.open_examples(config.data, "train", masks=model.masks)
+    evaluation = objects.open_examples(config.data, "eval", masks=model.masks)
+    _check_classes(train, evaluation)
+    model = _model(config, num_classes=len(train.class_names))
+    _check_batches(config)
+    fields = {field.name: config.data[field.name] for field in dataclasses.fields(DetectionPreprocessing)}
+    how = DetectionPreprocessing(**fields)
+    spec = {
+        "task": "detection",
+        "model": model.spec(),
+        "class_names": list(train.class_names),
+        "category_ids": train.category_ids.tolist(),
+        "preprocessing": fields,
+    }
+    truth = functools.cache(lambda: _truth(evaluation))
+    data = pipeline.Training(config, train, how, masks=model.masks)
+    return Task(
+        spec=spec,
+        title=f"{config.model.name} (attention {config.model.attention})",
+        num_train=len(train),
+        num_eval=len(evaluation),
+        best="segm_AP" if model.masks else "bbox_AP",
+        example=data.example(),
+        shapes=partial(variable_shapes, model),
+        init=partial(_initial_variables, model, spec, config),
+        train_batches=data.batches,
+        eval_batches=partial(pipeline.eval_batches, config, evaluation, how),
+        loss=partial(loss, model, config),
+        measure=partial(measure, model, how),
+        evaluator=lambda: CocoEvaluator(truth(), masks=model.masks),
+        describe=describe,
+        accepts=partial(_accepts, spec, config.data.match_classes),
+        costs=partial(_costs, model, config, how, data),
+        trainable=partial(trainable, frozen_stages=config.detection.frozen_stages),
+        pictures=_pictures(model, config, evaluation, how),
+        batch_statistics=config.detection.batch_norm == "trained",
+        images_of=data.names,
+    )
+
+
+def _model(config: ConfigDict, num_classes: int) -> Detector:
+    if config.model.name not in models.list_models("detection"):
+        raise UserError(
+            f"config.model.name={config.model.name} is no detector. Known: {', '.join(models.list_models('detection'))}."
+        )
+    return models.create_model(
+        config.model.name,
+        num_classes=num_classes,
+        attention=config.model.attention,
+        attention_param=config.model.attention_param,
+        dtype=config.model.dtype,
+        bn_group_size=config.model.bn_group_size,
+        axis_name=AXIS,
+        trace_blocks_once=True,
+    )
+
+
+def _check_classes(train: objects.Examples, evaluation: objects.Examples) -> None:
+    if train.class_names != evaluation.class_names:
+        missing = sorted(set(train.class_names) ^ set(evaluation.class_names))
+        raise UserError(
+            f"The training data have {len(train.class_names)} classes and the evaluation data "
+            f"{len(evaluation.class_names)}: both need the same, in the same order. "
+            + (f"Only on one side: {', '.join(missing[:10])}." if missing else "They are in another order.")
+        )
+
+
+def _truth(evaluation: objects.Examples) -> Truth:
+    names = "image_ids", "sizes", "category_ids", "class_names"
+    return Truth(**{name: getattr(evaluation, name) for name in names}, annotations=evaluation.annotations())
+
+
+def _check_batches(config: ConfigDict) -> None:
+    """Raises `UserError` unless a device's images divide into the groups whose extent is shared."""
+    how, accum = config.detection, config.optimizer.grad_accum_steps
+    local = config.batch_size // (jax.device_count() * accum)
+    if local % how.images_per_group:
+        raise UserError(
+            f"config.detection.images_per_group={how.images_per_group} does not divide the {local} images that a device "
+            f"computes at once: take a divisor, or 1."
+        )
+    if how.batch_norm == "trained" and how.frozen_stages:
+        raise UserError(
+            f"config.detection.batch_norm=trained also trains the stages that config.detection.frozen_stages="
+            f"{how.frozen_stages} freezes: set it to 0."
+        )
+
+
+def loss(
+    model: Detector, config: ConfigDict, variables: Tree, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, tuple[Tree, Sums]]:
+    """The sum of the parts of the loss, each over all images of all devices divided by its count over them.
+
+    Returns:
+        The loss, and the new batch statistics with the sums of every part, of "positives" and of "recall".
+    """
+    how = config.detection
+    size, train_norm = batch["image_size"], how.batch_norm == "trained"
+    images = zero_beyond(normalize(batch["image"], config.data.mean, config.data.std, model.dtype), size)
+    extent = None if train_norm else _extent(size, how.images_per_group)
+    index = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+    targets = Targets(batch["boxes"], batch["labels"], batch["count"], batch.get("masks"))
+    found, batch_stats = losses_and_statistics(
+        model,
+        variables,
+        images,
+        targets,
+        keys,
+        extent=extent,
+        image_size=size,
+        frozen_stages=how.frozen_stages,
+        train_norm=train_norm,
+    )
+    sums = {name: (part.sum(), count.sum()) for name, (part, count) in found.items()}
+    devices = lax.axis_size(AXIS)  # the trainer takes the mean over them
+    parts = (sums[name] for name in LOSSES if name in sums)
+    means = [part * devices / jnp.maximum(lax.psum(count, AXIS), 1) for part, count in parts]
+    return sum(means, start=jnp.float32(0)), (batch_stats, sums)
+
+
+def _extent(sizes: jax.Array, group: int) -> jax.Array:
+    """(N, 2): sizes rounded up to `STRIDE`, of every `group` neighbouring images the largest."""
+    own = -(-sizes // STRIDE) * STRIDE
+    return jnp.repeat(own.reshape(-1, group, 2).max(1), group, axis=0)
+
+
+def measure(model: Detector, how: DetectionPreprocessing, variables: Tree, batch: Batch) -> Tree:
+    """Of every image what the network finds in it, in its own pixels, with `index` and `original_size`."""
+    size = batch["image_size"]
+    images = zero_beyond(normalize(batch["image"], how.mean, how.std, model.dtype), size)
+    scale = size.astype(jnp.float32) / batch["original_size"].astype(jnp.float32)
+    scale = jnp.tile(scale[:, ::-1], 2)
+    found = model.apply(variables, images, _extent(size, 1), size, scale)
+    outputs = {name: x for name, x in found._asdict().items() if x is not None}
+    return outputs | {"index": batch["index"], "original_size": batch["original_size"]}
+
+
+def describe(scores: Scores) -> str:
+    """The scores, or the means of the updates, as a reader wants them."""
+    if any(name.endswith("_AP") for name in scores):
+        return describe_scores(scores)
+    parts = ", ".join(f"{name.removeprefix('loss_')} {scores[name]:.3f}" for name in LOSSES if name in scores)
+    return f"loss {scores['loss']:.4f} ({parts}), proposals' recall {100 * scores['recall']:.1f} %"
+
+
+def _initial_variables(model: Detector, spec: Mapping[str, Any], config: ConfigDict, key: jax.Array) -> Tree:
+    """Freshly drawn, or with the weights of `config.init_from`."""
+    fresh = models.init_variables(model, key)
+    if not config.init_from:
+        return fresh
+    return weights.start_from(
+        config.init_from, model, spec, fresh, skip_head=config.init_skip_head, match_classes=config.data.match_classes
+    )
+
+
+def _accepts(spec: Mapping[str, Any], match_classes: str, meta: Mapping[str, Any]) -> None:
+    weights.check_class_names(meta, spec, "the checkpoint", match_classes)
+
+
+def _costs(model: Detector, config: ConfigDict, how: DetectionPreprocessing, data: pipeline.Training) -> dict[str, str]:
+    each_block = model.with_backbone(trace_blocks_once=False)  # each is counted
+    height, width = how.bucket(how.min_size, how.max_size)
+    totals = summarize(each_block, height, width)
+    shapes = ", ".join(f"{h}x{w}: {count}" for (h, w), count in data.counts().items())
+    return {
+        "model": f"{config.model.name}, attention {config.model.attention}, {model.num_classes} classes",
+        "parameters": f"{totals.params / 1e6:.2f} M",
+        "FLOPs": f"{totals.flops / 1e9:.2f} G for one image of {height} x {width} pixels",
+        "buckets": f"{shapes} images; at most {data.most_objects} objects in an image",
+    }
+
+
+def _pictures(model: Detector, config: ConfigDict, evaluation: objects.Examples, how: DetectionPreprocessing):
+    """What draws the ground truth and the network's objects in the first evaluation images; None where not asked for."""
+    if not config.visualize_every_epochs:
+        return None
+    found_in = jax.jit(partial(measure, model, how))
+
+    def draw(variables: Tree) -> dict[str, np.ndarray]:
+        drawn = {}
+        for index in range(min(SHOWN_IMAGES, len(evaluation))):
+            row = pipeline.eval_row_of(evaluation, how, index)
+            batch = jax.tree.map(lambda x: x[None], row)
+            found = jax.tree.map(lambda x: np.asarray(x)[0], found_in(variables, batch))
+            drawn[f"detections/{index}"] = _side_by_side(evaluation, index, found)[None]
+        return drawn
+
+    return draw
+
+
+def _side_by_side(evaluation: objects.Examples, index: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
+    """uint8 (H, 2 W, 3): the ground truth, and what the network found."""
+    from simam_jax.preprocessing import read_rgb
+
+    example = evaluation.read(index)
+    pixels, count = np.asarray(read_rgb(example.image)), int(found["count"])
+    masks = example.masks() if example.masks and "masks" in found else None
+    truth = Detections(
+        example.boxes, np.ones(len(example.boxes), np.float32), example.labels, masks, evaluation.class_names
+    )
+    boxes, scores, labels = (found[name][:count] for name in ("boxes", "scores", "labels"))
+    seen = in_image(found["masks"], found["boxes"], count, pixels.shape[:2]) if "masks" in found else None
+    ours = Detections(boxes, scores, labels, seen, evaluation.class_names)
+    return np.concatenate([np.asarray(each.draw(pixels, threshold=SHOWN_SCORE)) for each in (truth, ours)], axis=1)
