@@ -17,7 +17,18 @@ import numpy as np
 import simam_jax
 
 TESTS = Path(__file__).parent.parent / "tests"
-HEAVY = {"clu", "matplotlib", "ml-collections", "pillow", "scikit-learn", "tensorflow", "tensorflow-cpu", "torch"}
+HEAVY = {
+    "clu",
+    "matplotlib",
+    "opencv-python-headless",
+    "pycocotools",
+    "ml-collections",
+    "pillow",
+    "scikit-learn",
+    "tensorflow",
+    "tensorflow-cpu",
+    "torch",
+}
 
 assert "site-packages" in simam_jax.__file__, f"not the installed wheel: {simam_jax.__file__}"
 assert importlib.metadata.version("simam-jax") == simam_jax.__version__

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 _EXTRAS = {
     "PIL": ("pillow", "predict"),
     "clu": ("clu", "train"),
+    "cv2": ("opencv-python-headless", "detection"),
     "matplotlib": ("matplotlib", "predict"),
     "ml_collections": ("ml-collections", "train"),
     "onnx": ("onnx", "export"),

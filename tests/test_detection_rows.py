@@ -1,7 +1,10 @@
 """An image and its objects as the network sees them: the reference implementation's pixels, boxes and masks."""
 
 import io
+import json
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,7 +46,7 @@ def unpacked(row):
 
 
 def nearest(masks, height, width):
-    rows, columns = (np.arange(m) * n // m for n, m in ((30, height), (40, width)))
+    rows, columns = ((np.arange(m) * (1 / (m / n))).astype(int) for n, m in ((30, height), (40, width)))
     return masks[:, rows][:, :, columns]
 
 
@@ -125,3 +128,41 @@ def test_masks_of_another_size_or_none_are_errors():
         train_row(example(masks=lambda: MASKS[:, :29]), HOW, layout, View())
     with pytest.raises(UserError, match="objects without masks"):
         train_row(example(masks=None), HOW, layout, View())
+
+
+def test_opencvs_resize_is_the_one_that_prediction_uses():
+    rng = np.random.default_rng(1)
+    for height, width, new_height, new_width in rng.integers(5, 300, (40, 4)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours = resize_bilinear(pixels, (new_height, new_width))
+        np.testing.assert_array_equal(cv2.resize(pixels, (int(new_width), int(new_height))), ours)
+
+
+def test_masks_take_the_pixel_that_opencv_calls_the_nearest():
+    for height in np.random.default_rng(2).integers(5, 300, 40).tolist():
+        how = DetectionPreprocessing(min_size=height, max_size=10_000)
+        layout = Layout(how.resized(30, 40), 2, True)
+        row = train_row(example(), how, layout, View())
+        for got, mask in zip(unpacked(row), MASKS, strict=True):
+            size = layout.shape[::-1]
+            wanted = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+            np.testing.assert_array_equal(got, wanted.astype(bool))
+
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "detection"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the shared data")
+@pytest.mark.parametrize(("image", "name"), [(0, "img_china.png"), (1, "img_flower_crop.png")])
+def test_boxes_and_masks_are_those_of_the_reference_implementations_pipeline(image, name):
+    golden = np.load(GOLDEN / "mr_r50_train.npz")
+    meta = json.loads((GOLDEN / "mr_r50_train.json").read_text())["meta"][image]
+    (height, width), padded = meta["ori_shape"][:2], tuple(meta["pad_shape"][:2])
+    wanted = golden[f"gt_boxes_{image}"]
+    boxes = (np.rint(4 * wanted / np.array(meta["scale_factor"])) / 4).astype(np.float32)  # quarters of pixels there
+    masks = np.unpackbits(golden[f"gt_mask_orig_packed_{image}"], axis=-1, count=width).astype(bool)
+    given = Example(GOLDEN / name, (height, width), boxes, golden[f"gt_labels_{image}"], lambda: masks)
+    row = train_row(given, DetectionPreprocessing(200, 333), Layout(padded, len(boxes), True), View())
+    np.testing.assert_array_equal(row["boxes"], wanted)
+    np.testing.assert_array_equal(row["masks"], golden[f"gt_masks_packed_{image}"])
+    assert row["image_size"].tolist() == meta["img_shape"][:2]

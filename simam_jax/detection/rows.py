@@ -133,7 +133,7 @@ def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 def _nearest(length: int, resized: int) -> np.ndarray:
     """For each place of the result its source, as OpenCV's INTER_NEAREST chooses it."""
-    return np.minimum(np.floor(np.arange(resized) * (length / resized)).astype(np.int64), length - 1)
+    return np.minimum(np.floor(np.arange(resized) * (1 / (resized / length))).astype(np.int64), length - 1)
 
 
 def _mirrored(x: np.ndarray, view: View, axis: int) -> np.ndarray:

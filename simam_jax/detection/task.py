@@ -18,7 +18,7 @@ from simam_jax.detection import pipeline
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.evaluation import CocoEvaluator, Truth, describe_scores
 from simam_jax.detection.masks import in_image
-from simam_jax.errors import UserError
+from simam_jax.errors import UserError, naming_extras
 from simam_jax.models import Detector, variable_shapes
 from simam_jax.models.costs import summarize
 from simam_jax.models.detector import trainable
@@ -38,6 +38,9 @@ def make_task(config: ConfigDict) -> Task:
     Raises:
         UserError: anything in the config or the data that cannot be done, named.
     """
+    with naming_extras():  # before an epoch is trained that cannot be scored
+        import cv2  # noqa: F401
+        import pycocotools  # noqa: F401
     model = _model(config, num_classes=1)
     train = objects.open_examples(config.data, "train", masks=model.masks)
     evaluation = objects.open_examples(config.data, "eval", masks=model.masks)
