@@ -82,7 +82,7 @@ def _kind(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str:
         return "image" if size > 3 else "dense"
     # Narrower types have too few digits for Winograd's sums.
     precise = jnp.finfo(x.dtype).bits >= 32
-    return "3x3" if size == 3 and geometry.stride == geometry.padding == 1 and precise else "dense"
+    return "3x3" if size == 3 and geometry.stride == geometry.padding == 1 and precise else "strided"
 
 
 def _with_gradients(value: Bilinear, kernel_gradient: Bilinear, input_gradient: Bilinear) -> Bilinear:
@@ -255,6 +255,7 @@ CPU_FORMS = {
     "pointwise": Forms(_pointwise),
     "depthwise": Forms(_depthwise, _depthwise_kernel_gradient, _depthwise_input_gradient),
     "3x3": Forms(_winograd),
+    "strided": Forms(_im2col),
     "dense": Forms(xla),
     # Of a large kernel a sum has so many terms that XLA's value is faster.
     "image": Forms(xla, _im2col_columns, _im2col),

@@ -235,16 +235,28 @@ def gradient_from_weights(
     mu = shift + mean
     wide, dy = (each.astype(mean.dtype) for each in (x, dy))
     c, through_x, h = gradient_terms(wide, dy, wide - shift - mean, s)
-    sum_h = h.sum(axes, keepdims=True)
+    sum_h = _sum(h, axes)
 
     def from_c(x: jax.Array, h: jax.Array) -> jax.Array:
-        return (h * (x - shift - mean)).sum(axes, keepdims=True)
+        return _sum(h * (x - shift - mean), axes)
 
     def from_x(x: jax.Array, h: jax.Array) -> jax.Array:
-        return (h * x).sum(axes, keepdims=True) - mu * sum_h
+        return _sum(h * x, axes) - mu * sum_h
 
     sum_hc = lax.cond(_mean_cancels(mu, 1 / (4 * inv)), from_c, from_x, wide, h)
     return input_gradient(c, through_x, h, stats, sum_h, sum_hc, axes).astype(x.dtype)
+
+
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over the axes, kept with size 1. What stands before them is one axis for it.
+
+    XLA:CPU takes fifteen times as long for a sum of products over (1, N, HW, C) as over (N, HW, C).
+    """
+    before = x.ndim + min(axes)
+    if is_symbolic(x) or before < 2:
+        return x.sum(axes, keepdims=True)
+    merged = x.reshape(-1, *x.shape[before:]).sum(axes, keepdims=True)
+    return merged.reshape(*x.shape[:before], *merged.shape[1:])
 
 
 def gradient_terms(x: jax.Array, dy: jax.Array, c: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,0 +1,284 @@
+"""What is in a json of COCO's form, and what would go wrong in training on it: `python -m simam_jax.data.check`."""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simam_jax import errors
+from simam_jax.data import coco
+from simam_jax.data.coco_index import Index, read_index
+from simam_jax.paths import local
+from simam_jax.preprocessing import DetectionPreprocessing
+from simam_jax.rcnn.anchors import STRIDES, base_anchors
+
+SHOWN = 5  # of each kind of fault, by number
+PICTURED = 12  # images in a picture
+_SLACK = 1.0  # pixels by which a box may leave its image, or a mask its box
+
+
+@dataclass
+class Report:
+    """Lines for people, and whether training can start."""
+
+    lines: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def say(self, name: str, text: str) -> None:
+        self.lines.append(f"{name:16} {text}")
+
+    def count(self, name: str, what: str, found: list[str] | np.ndarray, *, stops: bool = False) -> None:
+        """Says how many there are and names the first; `stops`: training cannot start with them."""
+        names = [str(each) for each in found]
+        if names:
+            more = ", ..." if len(names) > SHOWN else ""
+            text = f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}"
+            self.say(name, text)
+            if stops:
+                self.faults.append(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m simam_jax.data.check", description=__doc__)
+    parser.add_argument("--annotations", required=True, help="the json")
+    parser.add_argument("--images", required=True, help="the folder of its images")
+    parser.add_argument("--min-size", type=int, default=800, help="config.data.min_size (default 800)")
+    parser.add_argument("--max-size", type=int, default=1333, help="config.data.max_size (default 1333)")
+    parser.add_argument("--picture", help="draw the ground truth of some images into this file, a .png or .jpg")
+    parser.add_argument(
+        "--score", action="store_true", help="score the ground truth against itself, which must give 1.0"
+    )
+    args = parser.parse_args(argv)
+    index, folder = read_index(args.annotations), local(args.images)
+    report = check(index, folder, DetectionPreprocessing(args.min_size, args.max_size))
+    print("\n".join(report.lines))
+    if args.score:
+        print(score(local(args.annotations), index))
+    if args.picture:
+        draw(index, folder, local(args.picture))
+        print(f"{'picture':16} {args.picture}")
+    print("Training cannot start: " + "; ".join(report.faults) if report.faults else "Training can start.")
+    return 1 if report.faults else 0
+
+
+def check(index: Index, folder: Path, how: DetectionPreprocessing) -> Report:
+    """Everything that can be said of the data before training."""
+    report, image_of = Report(), index.image_of()
+    seen, per_image = coco.chosen(index), np.diff(index.first)
+    counts = Counter(index.labels[~index.crowd].tolist())
+    report.say("images", f"{len(index.files)}, {int((per_image == 0).sum())} without annotations")
+    if len(index.sizes):
+        low, high = index.sizes.min(0), index.sizes.max(0)
+        report.say("sizes", f"{low[0]} to {high[0]} pixels high, {low[1]} to {high[1]} wide")
+    report.say("annotations", f"{len(index.boxes)}, {int(index.crowd.sum())} of crowds")
+    for label, name in enumerate(index.class_names):
+        report.say("  class", f"{counts[label]:8} {name}")
+    own = [int(seen.annotations[a:b].sum()) for a, b in zip(index.first[:-1], index.first[1:], strict=True)]
+    report.say("objects", f"{int(seen.annotations.sum())} to learn from, at most {max(own, default=0)} in an image")
+    for reason, count in seen.left_out.items():
+        report.say("left out", f"{count} {reason}")
+    if not len(seen.images):
+        report.count(
+            "images", "images to learn from are missing", ["none has an annotation of a listed category"], stops=True
+        )
+    shapes = Counter(how.bucket(*how.resized(*size)) for size in index.sizes[seen.images].tolist())
+    for (height, width), count in sorted(shapes.items()):
+        report.say("  bucket", f"{count:8} images are padded to {height} x {width}")
+
+    _check_boxes(report, index, image_of)
+    _check_masks(report, index, image_of)
+    _check_files(report, index, folder)
+    if seen.annotations.any():
+        best = anchor_overlap(index, seen.annotations, image_of, how)
+        half, most = (100 * (best >= least).mean() for least in (0.5, 0.7))
+        report.say(
+            "anchors",
+            f"overlap {half:.1f} % of the objects by 0.5 and {most:.1f} % by 0.7, {best.mean():.2f} in the mean",
+        )
+    return report
+
+
+def _check_boxes(report: Report, index: Index, image_of: np.ndarray) -> None:
+    x, y, w, h = index.boxes.T
+    height, width = index.sizes[image_of].T
+    outside = (x < -_SLACK) | (y < -_SLACK) | (x + w > width + _SLACK) | (y + h > height + _SLACK)
+    report.count("boxes", "leave their image (cut to it), annotation", index.annotation_ids[outside])
+    report.count(
+        "boxes", "are narrower or lower than a pixel (left out), annotation", index.annotation_ids[(w < 1) | (h < 1)]
+    )
+    corners = (w > x) & (h > y) & (w <= width) & (h <= height)  # what x y x y would look like
+    if len(x) and outside.mean() > 0.2 and corners.mean() > 0.9:
+        report.count("boxes", "annotations look like x y x y, where COCO has x y width height", ["all"], stops=True)
+
+
+def _check_masks(report: Report, index: Index, image_of: np.ndarray) -> None:
+    lengths = np.diff(index.segmentation_ends)
+    if not lengths.any():
+        report.say("masks", "none: for a Faster R-CNN")
+        return
+    report.count("masks", "annotations without one (a Mask R-CNN needs them)", index.annotation_ids[lengths == 0])
+    unreadable, elsewhere = [], []
+    for a in _progress("masks", np.flatnonzero(lengths).tolist()):
+        number, (height, width) = int(index.annotation_ids[a]), index.sizes[image_of[a]].tolist()
+        try:
+            mask = coco.mask_of(index.segmentation(a), height, width)
+        except errors.UserError as error:
+            unreadable.append(f"{number} ({str(error).rstrip('.')})")
+            continue
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not len(rows):
+            elsewhere.append(number)
+            continue
+        x, y, w, h = index.boxes[a]
+        away = columns[0] - x, rows[0] - y, columns[-1] + 1 - (x + w), rows[-1] + 1 - (y + h)
+        if np.abs(away).max() > max(4 * _SLACK, 0.05 * max(w, h)):
+            elsewhere.append(number)
+    report.count("masks", "cannot be read, annotation", unreadable, stops=True)
+    report.count("masks", "do not fit their boxes, annotation", elsewhere)
+
+
+def _check_files(report: Report, index: Index, folder: Path) -> None:
+    from PIL import Image
+
+    missing = coco.missing_files(index, folder)
+    report.count("files", f"are not in {folder}", missing, stops=True)
+    gone, unreadable, turned, other = set(missing), [], [], []
+    for file, size in _progress("files", list(zip(index.files, index.sizes.tolist(), strict=True))):
+        if file in gone:
+            continue
+        try:
+            with Image.open(folder / file) as image:
+                found = [image.height, image.width]
+        except Exception as error:  # damaged files make PIL raise anything
+            unreadable.append(f"{file} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+            continue
+        if found != size:
+            (turned if found == size[::-1] else other).append(file)
+    report.count("files", "cannot be read", unreadable, stops=True)
+    report.count(
+        "files", "lie on their side: annotated as their EXIF rotation shows them; save them upright", turned, stops=True
+    )
+    report.count("files", "are of another size than the json says", other, stops=True)
+
+
+def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: DetectionPreprocessing) -> np.ndarray:
+    """(objects,) the largest IoU of any anchor with each object's box, in the resized image.
+
+    Of all anchors of a shape the one whose centre is nearest overlaps a box the most.
+    """
+    sizes = index.sizes[image_of[which]]
+    resized = np.array([how.resized(*size) for size in sizes.tolist()])
+    scale = (resized / sizes)[:, ::-1]
+    corner, side = index.boxes[which, :2] * scale, index.boxes[which, 2:] * scale
+    centre, best = corner + side / 2, np.zeros(len(side))
+    for stride in STRIDES:
+        last = -(-resized[:, ::-1] // stride) - 1
+        nearest = np.clip(np.rint(centre / stride), 0, last) * stride
+        for x1, y1, x2, y2 in base_anchors(stride):
+            low = np.maximum(np.add(nearest, (x1, y1)), corner)
+            high = np.minimum(np.add(nearest, (x2, y2)), corner + side)
+            inter = np.clip(high - low, 0, None).prod(1)
+            best = np.maximum(best, inter / ((x2 - x1) * (y2 - y1) + side.prod(1) - inter))
+    return best
+
+
+def score(annotations: Path, index: Index) -> str:
+    """COCO's scores of the ground truth against itself, and which annotations cannot be found."""
+    with errors.naming_extras():
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+    lines = []
+    kinds = ["bbox", *(["segm"] if np.diff(index.segmentation_ends).any() else [])]
+    for kind in kinds:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(annotations)
+            results = [
+                {name: a[name] for name in ("image_id", "category_id", "bbox" if kind == "bbox" else "segmentation")}
+                | {"score": 1.0}
+                for a in truth.dataset.get("annotations", [])
+                if not a.get("iscrowd") and (kind == "bbox" or a.get("segmentation"))
+            ]
+            if kind == "segm":
+                for result, a in zip(
+                    results,
+                    (a for a in truth.dataset["annotations"] if not a.get("iscrowd") and a.get("segmentation")),
+                    strict=True,
+                ):
+                    result["segmentation"] = truth.annToRLE(a)
+            evaluation = COCOeval(truth, truth.loadRes(results), kind) if results else None
+            if evaluation:
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+        if evaluation is None:
+            lines.append(f"{'score':16} {kind}: there is nothing to score")
+            continue
+        missed = _missed(evaluation)
+        text = f"{kind} AP {evaluation.stats[0]:.6f}"
+        lines.append(f"{'score':16} {text}" + (f"; not found: annotation {', '.join(missed)}" if missed else ""))
+    return "\n".join(lines)
+
+
+def _missed(evaluation: Any) -> list[str]:
+    """The first annotations that no detection matches at the strictest threshold."""
+    missed = [
+        str(number)
+        for image in evaluation.evalImgs
+        if image is not None and image["aRng"] == evaluation.params.areaRng[0]
+        for number, match, ignored in zip(image["gtIds"], image["gtMatches"][-1], image["gtIgnore"], strict=True)
+        if not match and not ignored
+    ]
+    return missed[:SHOWN]
+
+
+def draw(index: Index, folder: Path, path: Path) -> None:
+    """Draws boxes and class names of some images, evenly chosen, into one picture."""
+    from PIL import Image, ImageDraw
+
+    chosen = np.unique(np.linspace(0, len(index.files) - 1, PICTURED).round().astype(int)) if index.files else []
+    tiles, side = [], 400
+    for place in chosen:
+        with Image.open(folder / index.files[place]) as opened:
+            image = opened.convert("RGB")
+        pen, factor = ImageDraw.Draw(image), max(image.size) / side
+        for a in range(index.first[place], index.first[place + 1]):
+            x, y, w, h = index.boxes[a].tolist()
+            name = index.class_names[index.labels[a]] if index.labels[a] >= 0 else "?"
+            colour = "orange" if index.crowd[a] else "lime"
+            pen.rectangle((x, y, x + max(w, 0), y + max(h, 0)), outline=colour, width=max(round(2 * factor), 1))
+            pen.text(
+                (x + 2 * factor, y),
+                name,
+                fill=colour,
+                font_size=max(12 * factor, 8),
+                stroke_width=round(factor),
+                stroke_fill="black",
+            )
+        image.thumbnail((side, side))
+        tiles.append(image)
+    columns = min(4, max(len(tiles), 1))
+    sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side or side))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * side, i // columns * side))
+    sheet.save(path)
+
+
+def _progress(name: str, items: list[Any]) -> Iterator[Any]:
+    """The items, with a line that counts them on a terminal."""
+    shown = sys.stderr.isatty()
+    for i, item in enumerate(items, 1):
+        if shown and (i % 100 == 0 or i == len(items)):
+            print(f"\r\x1b[K{name} {i}/{len(items)}", end="" if i < len(items) else "\n", file=sys.stderr, flush=True)
+        yield item
+
+
+if __name__ == "__main__":
+    errors.run_cli(main)
