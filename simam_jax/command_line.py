@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import glob
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -94,21 +96,25 @@ def read_class_names(path: str, count: int | None = None) -> list[str]:
     return names
 
 
-def find_images(paths: list[str]) -> list[Path]:
+def find_images(paths: list[str], *, output: Path | None = None) -> list[Path]:
     """The files named, and of folders every file below whose ending is an image's, sorted.
+
+    Args:
+        paths: files, folders, and patterns such as `photos/*.jpg` or `photos/**/*.png`.
+        output: a folder for pictures; where it lies within a folder that is named, its files are no images to look at.
 
     Raises:
         UserError: a path is not there, or a folder has no images.
     """
     found = []
     left_out: collections.Counter[str] = collections.Counter()
-    for path in map(local, paths):
+    for path in itertools.chain.from_iterable(map(_expanded, paths)):
         if not path.is_dir():
-            if not path.exists():
-                raise errors.UserError(f"There is no file or folder {path}.")
             found.append(path)
             continue
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+        if output and path.resolve() in output.resolve().parents:
+            files = [file for file in files if output.resolve() not in file.resolve().parents]
         inside = sorted(file for file in files if file.suffix.lower() in ENDINGS)
         left_out.update(file.suffix or "without an ending" for file in set(files) - set(inside))
         if not inside:
@@ -120,22 +126,41 @@ def find_images(paths: list[str]) -> list[Path]:
     return found
 
 
+def _expanded(named: str) -> list[Path]:
+    """The path, or where there is none what it is a pattern of."""
+    path = local(named)
+    if path.exists():
+        return [path]
+    if matches := sorted(glob.glob(str(path), recursive=True)):
+        return [Path(match) for match in matches]
+    raise errors.UserError(f"There is no file or folder {path}.")
+
+
 def _is_hidden(path: Path) -> bool:
     """Whether a file, or a folder that it is in, has a name that begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def with_progress(results: Iterator, total: int) -> Iterator:
-    """The same results, with a line that counts them on a terminal, unless the results themselves are printed there."""
+    """The same results, with a line that counts them on a terminal, unless the results themselves are printed there.
+
+    A last line tells how many images a second were computed: from the second result on, as the first had to be compiled.
+    """
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
-    start = time.monotonic()
+    start, rate = time.monotonic(), ""
     for done, result in enumerate(results, 1):
+        passed = time.monotonic() - start
+        if done == 1:
+            first = passed
+        elif passed > first:
+            rate = f"{(done - 1) / (passed - first):.1f} images/s"
         if shown:
-            left = (time.monotonic() - start) / done * (total - done)
-            print(f"\r\x1b[K{done}/{total}  ETA {duration(left)}", end="", file=sys.stderr, flush=True)
+            left = duration(passed / done * (total - done))
+            print(f"\r\x1b[K{done}/{total}  {rate}  ETA {left}", end="", file=sys.stderr, flush=True)
         yield result
     if shown:
-        print(file=sys.stderr)
+        print("\r\x1b[K", end="", file=sys.stderr)
+    print(f"{total} images in {duration(time.monotonic() - start)}{rate and f', {rate}'}", file=sys.stderr)
 
 
 def skip(error: errors.UserError) -> None:
