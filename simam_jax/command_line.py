@@ -15,7 +15,7 @@ from simam_jax.paths import local
 from simam_jax.progress import duration
 
 if TYPE_CHECKING:
-    from simam_jax.inference import ClassifierPredictor, Predictor
+    from simam_jax.inference import ClassifierPredictor, DetectorPredictor, Predictor
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -35,9 +35,12 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, required: bool = F
     )
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `load_predictor`."""
-    parser.add_argument("--checkpoint", required=True, help="a workdir, a checkpoint in it, or a .pth.tar")
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Adds the arguments of `load_predictor`; with `several` there may be more than one checkpoint."""
+    more, action = ("; again for a second one", "append") if several else ("", "store")
+    parser.add_argument(
+        "--checkpoint", required=True, action=action, help=f"a workdir, a checkpoint in it, or a .pth.tar{more}"
+    )
     add_network_arguments(parser, of="of a .pth.tar: ")
     parser.add_argument("--class-names", help="a text file with one name a line; default: the checkpoint's")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the weights")
@@ -78,6 +81,20 @@ def load_classifier(args: argparse.Namespace) -> "ClassifierPredictor":
     predictor = load_predictor(args)
     if not isinstance(predictor, ClassifierPredictor):
         raise errors.UserError(f"{args.checkpoint} is a detector, and this command is for classifiers.")
+    return predictor
+
+
+def load_detector(args: argparse.Namespace) -> "DetectorPredictor":
+    """The detector that the command line names.
+
+    Raises:
+        UserError: as `load_predictor`, or it is a classifier.
+    """
+    from simam_jax.inference import DetectorPredictor
+
+    predictor = load_predictor(args)
+    if not isinstance(predictor, DetectorPredictor):
+        raise errors.UserError(f"{args.checkpoint} is a classifier, and this command is for detectors.")
     return predictor
 
 
@@ -144,23 +161,20 @@ def _is_hidden(path: Path) -> bool:
 def with_progress(results: Iterator, total: int) -> Iterator:
     """The same results, with a line that counts them on a terminal, unless the results themselves are printed there.
 
-    A last line tells how many images a second were computed: from the second result on, as the first had to be compiled.
+    A last line says how long it took, with what had to be compiled first.
     """
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
-    start, rate = time.monotonic(), ""
+    start = time.monotonic()
     for done, result in enumerate(results, 1):
-        passed = time.monotonic() - start
-        if done == 1:
-            first = passed
-        elif passed > first:
-            rate = f"{(done - 1) / (passed - first):.1f} images/s"
         if shown:
-            left = duration(passed / done * (total - done))
-            print(f"\r\x1b[K{done}/{total}  {rate}  ETA {left}", end="", file=sys.stderr, flush=True)
+            passed = max(time.monotonic() - start, 1e-9)
+            line = f"{done}/{total}  {done / passed:.1f} images/s  ETA {duration(passed / done * (total - done))}"
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         yield result
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr)
-    print(f"{total} images in {duration(time.monotonic() - start)}{rate and f', {rate}'}", file=sys.stderr)
+    passed = max(time.monotonic() - start, 1e-9)
+    print(f"{total} images in {duration(passed)}, {total / passed:.1f} images/s", file=sys.stderr)
 
 
 def skip(error: errors.UserError) -> None:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Detections:
     """The n objects found in an image, the most certain first.
