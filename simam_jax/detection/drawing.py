@@ -109,7 +109,7 @@ def place_labels(
         if size is not None and math.prod(size) <= left:
             places_of = _candidates(box, size, picture)
             a, b = places_of[:, None], taken[None]
-            free = ~((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(-1).any(1)
+            free = ~((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(-1).any(-1)
             if free.any():
                 x1, y1, x2, y2 = places_of[free.argmax()].tolist()
                 place = x1, y1, x2, y2

@@ -108,7 +108,7 @@ def _draw_classes(axes: "Axes", kind: str, scores: Mapping[str, Evaluated], clas
     for place, k in enumerate(order.tolist()):
         if math.isnan(values[0][k]):
             axes.text(0.5, place, "n/a: no ground truth", va="center", fontsize=7)
-    axes.set_yticks(places, [class_names[k] for k in order.tolist()], fontsize=8, parse_math=False)
+    axes.set_yticks(places, [str(class_names[k]) for k in order.tolist()], fontsize=8, parse_math=False)
     axes.set(xlabel="AP (%)", xlim=(0, 100), ylim=(-0.6, len(order) - 0.4))
     axes.set_title(f"{_TITLES[kind]}: each class", fontsize=10)
     axes.grid(axis="x", color="0.9")

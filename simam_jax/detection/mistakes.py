@@ -42,11 +42,11 @@ def compare(results: Sequence[Row], annotations: Sequence[Row]) -> Mistakes:
     with naming_extras():
         from pycocotools import mask
 
-    crowd = [bool(each.get("iscrowd") or each.get("ignore")) for each in annotations]
+    crowd = [int(bool(each.get("iscrowd") or each.get("ignore"))) for each in annotations]
     overlap = np.zeros((len(results), len(annotations)))
     if overlap.size:
         boxes: Any = [np.array([each["bbox"] for each in rows], np.float64) for rows in (results, annotations)]
-        overlap = np.asarray(mask.iou(*boxes, np.array(crowd, np.uint8)))
+        overlap = np.asarray(mask.iou(boxes[0], boxes[1], crowd))
     right, wrong, free = [], [], {place for place, of in enumerate(crowd) if not of}
     for i in sorted(range(len(results)), key=lambda i: -results[i]["score"]):
         own = [
@@ -91,6 +91,8 @@ def drawn_results(
 ) -> list[Drawn]:
     """What a detector found, blue where it is right and red where it is wrong, and in yellow what it missed.
 
+    Masks are drawn of what is right.
+
     Args:
         results, annotations, mistakes: of `compare`.
         names: of the categories, by their numbers.
@@ -100,9 +102,7 @@ def drawn_results(
     def text(row: Row) -> str:
         return f"{names[row['category_id']]} {100 * row['score']:.0f} %"
 
-    wrong = [
-        _drawn(results[i], f"wrong: {text(results[i])}", WRONG, _mask_of(results[i], size)) for i in mistakes.wrong
-    ]
+    wrong = [_drawn(results[i], text(results[i]), WRONG) for i in mistakes.wrong]  # their masks would hide the image
     missed = [
         _drawn(annotations[j], f"missed: {names[annotations[j]['category_id']]}", MISSED) for j in mistakes.missed
     ]
