@@ -18,12 +18,13 @@ TITLES = {
     "lowerings_networks": ("A training step with a form replaced", "python -m benchmarks.lowerings networks"),
     "detection_ops": ("Detection's operations over torchvision's", "python -m benchmarks.detection_ops"),
     "detectors": ("Detectors over torchvision's", "python -m benchmarks.detectors"),
+    "detection_pipeline": ("Detection's input, per CPU-second", "python -m benchmarks.detection_pipeline"),
     "startup": ("From the command to the first update", "python -m benchmarks.startup"),
 }
 
 
 PAGES = {
-    "README.md": ("train_step", "inference", "predictor", "memory", "startup", "detectors"),
+    "README.md": ("train_step", "inference", "predictor", "memory", "startup", "detectors", "detection_pipeline"),
     "simam_jax/ops/README.md": ("lowerings_operations", "lowerings_networks", "simam_op", "traffic", "detection_ops"),
 }
 BEGIN, END = "<!-- python -m benchmarks.report -->\n", "<!-- end of the report -->\n"

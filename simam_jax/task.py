@@ -4,6 +4,7 @@ The loop, the update, evaluation, checkpoints and metrics are written once, in `
 describes. To add one, write a function from a config to a `Task` and name it in `simam_jax/tasks.py`.
 """
 
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,10 @@ class Evaluator(Protocol):
 
     def scores(self) -> Scores:
         """The scores over all images so far."""
+        ...
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes what others can score again into a folder, if there is any such form."""
         ...
 
 
@@ -101,3 +106,6 @@ class MeanEvaluator:
 
     def scores(self) -> Scores:
         return {name: total / max(self._count, 1) for name, total in self._sums.items()}
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Nothing: the means are all there is."""

@@ -222,7 +222,10 @@ def start_from(
     if skip_head:
         kept: dict[tuple[str, ...], Any] = flatten_dict(found)
         drawn: dict[tuple[str, ...], Any] = flatten_dict(fresh)
-        found = unflatten_dict(kept | {path: x for path, x in drawn.items() if path[1:-1] in model.class_layers})
+        anew = {path: x for path, x in drawn.items() if path[1:-1] in model.class_layers}
+        found = unflatten_dict(kept | anew)
+        layers = ", ".join(sorted({"/".join(path[1:-1]) for path in anew}))
+        logger.warning("config.init_from=%s: all is taken but the layers for classes, drawn anew: %s.", path, layers)
     if wrong := checkpoints.differences(checkpoints.layout(found), checkpoints.layout(fresh)):
         raise UserError(
             f"The weights of config.init_from={path} do not fit {spec['model']['name']} with "

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ SMALL = {  # 30 updates of a network on 8x8 images: a second of work
 
 
 class Run:
-    """A `python train.py` of the digits recipe, made small; its output is read as it comes."""
+    """A `python train.py` of a recipe, made small (of digits, if none is named); its output is read as it comes."""
 
     def __init__(
         self,
@@ -34,6 +35,8 @@ class Run:
         cache: Path,
         *,
         program="train.py",
+        recipe="digits_resnet20_simam",
+        small=SMALL,
         mode="train",
         devices=1,
         size_limit=0,
@@ -41,14 +44,14 @@ class Run:
         **changes,
     ):
         settings = (
-            SMALL | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
+            small | {"compilation_cache_dir": str(cache / "compiled"), "data.data_dir": str(cache / "data")} | changes
         )
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
         command = [
             sys.executable,
             program,
             "--config",
-            "configs/digits_resnet20_simam.py",
+            f"configs/{recipe}.py",
             "--workdir",
             str(workdir),
         ]
@@ -87,6 +90,12 @@ class Run:
 
     def kill(self, number: int) -> None:
         self.process.send_signal(number)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def losses(workdir: Path) -> dict[int, float]:

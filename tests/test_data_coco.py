@@ -14,7 +14,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from simam_jax import UserError
-from simam_jax.data import coco
+from simam_jax.data import coco, coco_index
 from simam_jax.data.objects import open_examples
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -186,9 +186,9 @@ def test_files_and_folders_that_are_not_there_are_errors(written):
 
 def test_the_index_is_kept_until_the_json_changes(written, tmp_path, monkeypatch):
     config = written(dataset())
-    first = coco.read_index(config.train_annotations)
-    monkeypatch.setattr(coco, "_parsed", lambda _path: pytest.fail("it was read again"))
-    second = coco.read_index(config.train_annotations)
+    first = coco_index.read_index(config.train_annotations)
+    monkeypatch.setattr(coco_index, "_parsed", lambda _path: pytest.fail("it was read again"))
+    second = coco_index.read_index(config.train_annotations)
     for name, value in vars(first).items():
         np.testing.assert_array_equal(value, getattr(second, name), err_msg=name)
     monkeypatch.undo()
@@ -197,12 +197,12 @@ def test_the_index_is_kept_until_the_json_changes(written, tmp_path, monkeypatch
     times = kept.stat().st_atime_ns, kept.stat().st_mtime_ns
     kept.write_text(json.dumps(dataset(categories=[{"id": 9, "name": "cow"}, {"id": 5, "name": "cat"}])))
     os.utime(kept, ns=times)
-    assert coco.read_index(config.train_annotations).class_names == ["cow", "cat"]
+    assert coco_index.read_index(config.train_annotations).class_names == ["cow", "cat"]
     (damaged,) = (
         path for path in (tmp_path / "cache").rglob("coco-*.npz") if "cow" in path.read_bytes().decode("latin1")
     )
     damaged.write_bytes(b"")
-    assert coco.read_index(config.train_annotations).class_names == ["cow", "cat"]
+    assert coco_index.read_index(config.train_annotations).class_names == ["cow", "cat"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
@@ -211,7 +211,7 @@ def test_the_index_is_kept_until_the_json_changes(written, tmp_path, monkeypatch
              "bccd/instances_train.json"],
 )  # fmt: skip
 def test_real_jsons_are_read_as_pycocotools_reads_them(file):
-    index = coco.read_index(SHARED / file)
+    index = coco_index.read_index(SHARED / file)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = COCO(SHARED / file)
     assert index.image_ids.tolist() == [image["id"] for image in theirs.dataset["images"]]

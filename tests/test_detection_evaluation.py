@@ -86,10 +86,14 @@ def test_the_scores_are_those_of_the_files_that_are_written(masks, tmp_path):
     truth = truth_of(objects, 30, masks)
     evaluator = CocoEvaluator(truth, masks=masks)
     fill(evaluator, detections, 30, masks)
-    scores, files = evaluator.scores(), evaluator.write(tmp_path)
-    assert [file.name for file in files] == ["results_bbox.json", "results_segm.json"][: 1 + masks]
-    for kind, file in zip(("bbox", "segm"), files, strict=False):
-        wanted = by_hand(truth, file, kind, tmp_path)
+    scores = evaluator.scores()
+    evaluator.write(tmp_path)
+    kinds = ("bbox", "segm")[: 1 + masks]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        f"{name}_{kind}.json" for kind in kinds for name in ("results", "per_class")
+    )
+    for kind in kinds:
+        wanted = by_hand(truth, tmp_path / f"results_{kind}.json", kind, tmp_path)
         got = [scores[f"{kind}_{name}"] for name in NAMES]
         np.testing.assert_allclose(got, np.where(wanted < 0, np.nan, wanted), rtol=0, atol=1e-12)
         assert 0 < got[0] < 1

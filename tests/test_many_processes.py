@@ -1,12 +1,11 @@
 """Several processes as one run, joined by JAX's own runtime on the loopback interface."""
 
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
-from processes import Run, losses, pictures
+from processes import Run, free_port, losses, pictures
 
 pytestmark = pytest.mark.slow
 
@@ -14,12 +13,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start_two(workdir, cache, **changes) -> list[Run]:

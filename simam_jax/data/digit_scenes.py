@@ -17,7 +17,7 @@ SIZE = 128  # pixels, height and width of a scene
 NUM_SCENES = {"train": 1600, "test": 200}
 MOST_DIGITS = 6  # in a scene
 SIDES = (28, 64)  # pixels of a digit, between these
-LEAST_VISIBLE = 0.5  # of a digit's pixels, or it is not put there
+LEAST_VISIBLE = 0.7  # of a digit's pixels, or it is not put there
 STROKE = 96  # from which grey value on a pixel belongs to the digit
 
 
@@ -106,7 +106,7 @@ def open_scenes(config: ConfigDict, split: str) -> Examples:
     builder = prepared("digit_scenes", config.data_dir)
     decoders = {name: tfds.decode.SkipDecoding() for name in ("image", "instances")}
     rows = list(
-        tfds.as_numpy(builder.as_dataset(split="test" if split == "eval" else "train", decoders=decoders))
+        tfds.as_numpy(builder.as_dataset(split="test" if split == "eval" else "train", decoders=decoders))  # pyright: ignore[reportCallIssue] (wrapped by TFDS)
     )  # some 30 kB each
 
     def read(index: int) -> Example:
@@ -119,9 +119,9 @@ def open_scenes(config: ConfigDict, split: str) -> Examples:
         from pycocotools import mask
 
         found = []
-        for index in range(len(rows)):
-            example = read(index)
-            rles = mask.encode(np.asfortranarray(example.masks().transpose(1, 2, 0), dtype=np.uint8))
+        for index, row in enumerate(rows):
+            example, masks = read(index), _masks(row["instances"], len(row["labels"]))
+            rles: Any = mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
             for box, label, rle in zip(example.boxes.tolist(), example.labels.tolist(), rles, strict=True):
                 x1, y1, x2, y2 = box
                 of_image = {"image_id": index, "category_id": label, "iscrowd": 0, "area": int(mask.area(rle))}
@@ -146,7 +146,7 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
     def span(hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return hit.argmax(1), hit.shape[1] - hit[:, ::-1].argmax(1)
 
-    (x1, x2), (y1, y2) = span(masks.any(1)), span(masks.any(2))
+    (x1, x2), (y1, y2) = (span(np.asarray(masks.any(axis))) for axis in (1, 2))
     return np.stack((x1, y1, x2, y2), -1).astype(np.float32)
 
 

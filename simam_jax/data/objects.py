@@ -1,7 +1,7 @@
 """Images with objects in them: what every source of detection data opens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +57,15 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def none(self) -> "Examples":
+        """No examples, with the same classes."""
+        return replace(self, sizes=self.sizes[:0], image_ids=self.image_ids[:0], most_objects=0)
+
+
+def is_named(config: ConfigDict, split: str) -> bool:
+    """Whether `config` (the section config.data) says where a split, "train" or "eval", is."""
+    return bool(config.source != "coco" or config.data_dir or config[f"{split}_annotations"])
 
 
 def open_examples(config: ConfigDict, split: str, *, masks: bool) -> Examples:

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from simam_jax.detection.masks import in_image
 from simam_jax.errors import naming_extras
-from simam_jax.paths import local
 from simam_jax.task import Scores
 
 KINDS = ("bbox", "segm")
@@ -49,6 +48,7 @@ class CocoEvaluator:
         self._truth, self._kinds = truth, KINDS if masks else KINDS[:1]
         self._results: list[dict[str, Any]] = []
         self._seen: set[int] = set()
+        self._evaluated: dict[str, Evaluated] = {}  # by kind; until more detections come
 
     def add(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Takes what `detection.task.measure` gave: the padded detections of some images with their `index` in the set."""
@@ -68,6 +68,7 @@ class CocoEvaluator:
         self, index: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, masks: Sequence[Rle] | None = None
     ) -> None:
         """Takes the detections of one image: boxes x1 y1 x2 y2 in its pixels, labels in 0..classes - 1."""
+        self._evaluated = {}
         sides = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1).astype(np.float64)
         for i, (box, score, label) in enumerate(zip(sides.tolist(), scores.tolist(), labels.tolist(), strict=True)):
             result = {
@@ -83,24 +84,26 @@ class CocoEvaluator:
         return {
             f"{kind}_{name}": value
             for kind in self._kinds
-            for name, value in zip(NAMES, evaluate(self._truth, self._results, kind).stats, strict=True)
+            for name, value in zip(NAMES, self._of_kind(kind).stats, strict=True)
         }
+
+    def _of_kind(self, kind: str) -> "Evaluated":
+        if kind not in self._evaluated:
+            self._evaluated[kind] = evaluate(self._truth, self._results, kind)
+        return self._evaluated[kind]
 
     def results(self, kind: str) -> list[dict[str, Any]]:
         """The detections in COCO's results form, of boxes ("bbox") or of masks ("segm"), as JSON."""
         return [_as_json(result, kind) for result in self._results]
 
-    def write(self, folder: str | Path) -> list[Path]:
-        """Writes `results_bbox.json`, and `results_segm.json` of masks, in COCO's results form; returns their paths."""
-        written = []
+    def write(self, folder: Path) -> None:
+        """Writes `results_bbox.json`, and `results_segm.json` of masks, in COCO's results form; and each class's AP."""
+        folder.mkdir(parents=True, exist_ok=True)
         for kind in self._kinds:
-            path = local(folder) / f"results_{kind}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".part")
-            partial.write_text(json.dumps(self.results(kind)))
-            partial.replace(path)
-            written.append(path)
-        return written
+            _write_json(folder / f"results_{kind}.json", self.results(kind))
+            each = self._of_kind(kind).per_class()
+            aps = {name: None if math.isnan(ap) else ap for name, ap in zip(self._truth.class_names, each, strict=True)}
+            _write_json(folder / f"per_class_{kind}.json", aps)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def evaluate(truth: Truth, results: Iterable[Mapping[str, Any]], kind: str) -> E
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
-        right, found = COCO(), COCO()
+        right: Any = COCO()
+        found: Any = COCO()
         images = [
             {"id": int(image), "height": int(height), "width": int(width)}
             for image, (height, width) in zip(truth.image_ids, truth.sizes, strict=True)
@@ -156,7 +160,7 @@ def evaluate(truth: Truth, results: Iterable[Mapping[str, Any]], kind: str) -> E
         else:  # which pycocotools cannot read
             found.dataset = {"images": images, "categories": categories, "annotations": []}
             found.createIndex()
-        evaluation = COCOeval(right, found, kind)
+        evaluation = COCOeval(right, found, cast(Any, kind))
         evaluation.params.imgIds = [image["id"] for image in images]
         evaluation.evaluate()
         evaluation.accumulate()
@@ -182,7 +186,15 @@ def encode(masks: np.ndarray) -> list[Rle]:
 
     if not len(masks):
         return []
-    return mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    rles: Any = mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    return rles
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Writes the whole file, or leaves the one that is there."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content))
+    partial.replace(path)
 
 
 def _as_json(result: Mapping[str, Any], kind: str) -> dict[str, Any]:

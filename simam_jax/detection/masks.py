@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from simam_jax.rcnn.masks import paste
 
@@ -9,7 +10,7 @@ _CANVAS = 256  # pixels: masks are pasted into images whose sides are multiples 
 _TOGETHER = 20  # pasted at a time: one of a large photograph is megabytes
 
 
-def in_image(probabilities: jax.Array, boxes: jax.Array, count: int, size: tuple[int, int]) -> np.ndarray:
+def in_image(probabilities: ArrayLike, boxes: ArrayLike, count: int, size: tuple[int, int]) -> np.ndarray:
     """(count, H, W) bool: the masks in an image of `size`, height and width.
 
     Args:
@@ -18,6 +19,7 @@ def in_image(probabilities: jax.Array, boxes: jax.Array, count: int, size: tuple
         count: how many are real.
         size: of the image.
     """
+    probabilities, boxes = np.asarray(probabilities), np.asarray(boxes)
     height, width = size
     canvas = tuple(-(-side // _CANVAS) * _CANVAS for side in size)
     packed = [

@@ -53,6 +53,8 @@ class Training:
         Raises:
             UserError: the hosts cannot share a batch, or too many images cannot be read.
         """
+        if not len(self._examples):
+            raise UserError("There are no training images: name --config.data.train_annotations and train_images.")
         share, first = _share(self._config.batch_size), jax.process_index()
         following = _next_of_the_same(self._shapes)
         read = loading.Mending(
@@ -117,7 +119,7 @@ def eval_batches(config: ConfigDict, examples: Examples, how: DetectionPreproces
 def eval_row_of(examples: Examples, how: DetectionPreprocessing, index: int) -> Row:
     """The row of an evaluation image."""
     row = eval_row(examples.read(index), how, _bucket(how, examples.sizes[index]))
-    return {**row, "index": np.int32(index)}
+    return {**row, "index": np.array(index, np.int32)}
 
 
 def _bucket(how: DetectionPreprocessing, size: np.ndarray) -> Shape:

@@ -77,7 +77,7 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
         "image_size": np.array([height, width], np.int32),
         "boxes": _filled(boxes[kept], layout.most_objects),
         "labels": _filled(example.labels[kept].astype(np.int32), layout.most_objects),
-        "count": np.int32(len(kept)),
+        "count": np.array(len(kept), np.int32),
     }
     if layout.masks:
         packed = np.zeros((layout.most_objects, layout.shape[0], -(-layout.shape[1] // 8)), np.uint8)

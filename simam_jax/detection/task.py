@@ -42,9 +42,12 @@ def make_task(config: ConfigDict) -> Task:
         import cv2  # noqa: F401
         import pycocotools  # noqa: F401
     model = _model(config, num_classes=1)
-    train = objects.open_examples(config.data, "train", masks=model.masks)
     evaluation = objects.open_examples(config.data, "eval", masks=model.masks)
-    _check_classes(train, evaluation)
+    if objects.is_named(config.data, "train"):
+        train = objects.open_examples(config.data, "train", masks=model.masks)
+        _check_classes(train, evaluation)
+    else:  # enough to score a checkpoint; a run that trains says that it has no images
+        train = evaluation.none()
     model = _model(config, num_classes=len(train.class_names))
     _check_batches(config)
     fields = {field.name: config.data[field.name] for field in dataclasses.fields(DetectionPreprocessing)}
@@ -175,7 +178,7 @@ def measure(model: Detector, how: DetectionPreprocessing, variables: Tree, batch
     images = zero_beyond(normalize(batch["image"], how.mean, how.std, model.dtype), size)
     scale = size.astype(jnp.float32) / batch["original_size"].astype(jnp.float32)
     scale = jnp.tile(scale[:, ::-1], 2)
-    found = model.apply(variables, images, _extent(size, 1), size, scale)
+    found: Any = model.apply(variables, images, _extent(size, 1), size, scale)
     outputs = {name: x for name, x in found._asdict().items() if x is not None}
     return outputs | {"index": batch["index"], "original_size": batch["original_size"]}
 

@@ -68,9 +68,16 @@ def losses(
         keys: (N,) random keys, one an image.
         frozen_stages: of the backbone, as for `trainable`.
     """
-    sizes = {"extent": extent, "image_size": image_size}
     return losses_and_statistics(
-        model, variables, images, targets, keys, **sizes, chosen=chosen, frozen_stages=frozen_stages
+        model,
+        variables,
+        images,
+        targets,
+        keys,
+        extent=extent,
+        image_size=image_size,
+        chosen=chosen,
+        frozen_stages=frozen_stages,
     )[0]
 
 

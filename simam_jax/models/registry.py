@@ -94,7 +94,7 @@ for _depth in (18, 50, 101):
     }
 
 # For quick tries, tests and the notebook: nothing of the reference implementation's.
-_tiny = partial(Detector, width=64, hidden=256, sampled_rois=64)
+_tiny = partial(Detector, width=48, hidden=256, sampled_rois=32)
 _Tiny = partial(
     Architecture,
     partial(ResNet, block=BasicBlock, stage_sizes=(1, 1, 1, 1), width=32),

@@ -19,8 +19,11 @@ from simam_jax.training.step import replicated
 ITEMS = {"eval": "variables", "eval_ema": "ema"}  # what is scored, and the item of a checkpoint that holds it
 
 
-def evaluate(run: Run, eval_step: Callable[..., Tree], variables: Tree, progress: Progress) -> Scores:
-    """The task's scores over the evaluation set."""
+RESULTS = "results"  # the folder in a workdir for what the last evaluation gave
+
+
+def evaluate(run: Run, eval_step: Callable[..., Tree], variables: Tree, progress: Progress, results: Path) -> Scores:
+    """The task's scores over the evaluation set; what others can score again is written into the folder `results`."""
     evaluator, done = run.task.evaluator(), 0
     pending: list[tuple[Tree, jax.Array]] = []
 
@@ -38,7 +41,10 @@ def evaluate(run: Run, eval_step: Callable[..., Tree], variables: Tree, progress
             collect()
     while pending:
         collect()
-    return evaluator.scores()
+    scores = evaluator.scores()
+    if jax.process_index() == 0:
+        evaluator.write(results)
+    return scores
 
 
 def _on_host(tree: Tree) -> Tree:
@@ -75,7 +81,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str, make_task: Callable[[C
     Raises:
         UserError: there is no readable checkpoint, or it is of another model.
     """
-    run = build(config, make_task)
+    run = build(config, make_task, training=False)
     path, items = checkpoints.first_readable(workdir, partial(_scored, run))
     progress = Progress(None)
     progress.say(f"{path} on the {run.task.num_eval} images of {config.data.eval_split!r}")
@@ -84,7 +90,8 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str, make_task: Callable[[C
     for prefix, item in ITEMS.items():
         if item in items:
             variables = jax.device_put(items[item], replicated(run.mesh))
-            scores |= prefixed(evaluate(run, eval_step, variables, progress), prefix)
+            results = path.parent.parent / RESULTS / prefix
+            scores |= prefixed(evaluate(run, eval_step, variables, progress, results), prefix)
     progress.say(describe(run.task, scores))
 
 

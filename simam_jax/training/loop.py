@@ -14,7 +14,7 @@ from simam_jax.progress import Progress, duration
 from simam_jax.task import Scores, Task
 from simam_jax.training import distributed, interruption, metrics, prefetch
 from simam_jax.training.checkpointer import Checkpointer
-from simam_jax.training.evaluation import describe, evaluate, prefixed
+from simam_jax.training.evaluation import RESULTS, describe, evaluate, prefixed
 from simam_jax.training.meter import Meter
 from simam_jax.training.profile import Profiler
 from simam_jax.training.program import Program
@@ -123,9 +123,11 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress, shou
                 progress.show(f"step {step}/{num_steps}  ETA {duration(meter.eta(step))}")
 
             if step in eval_at and not stop:
-                scores = prefixed(evaluate(run, eval_step, state.variables, progress), "eval")
+                own = evaluate(run, eval_step, state.variables, progress, folder / RESULTS / "eval")
+                scores = prefixed(own, "eval")
                 if state.ema is not None:
-                    scores |= prefixed(evaluate(run, eval_step, state.ema, progress), "eval_ema")
+                    averaged = evaluate(run, eval_step, state.ema, progress, folder / RESULTS / "eval_ema")
+                    scores |= prefixed(averaged, "eval_ema")
                 writer.write(step, epochs(step), scores)
                 progress.say(f"step {step}/{num_steps}  {describe(task, scores)}")
                 watchdog.beat(step)

@@ -68,8 +68,8 @@ class Run:
         return {**self.task.spec, "config": plain(self.config)}
 
 
-def build(config: ConfigDict, make_task: Callable[[ConfigDict], Task]) -> Run:
-    """Checks the config against this machine and the data, and makes the parts.
+def build(config: ConfigDict, make_task: Callable[[ConfigDict], Task], *, training: bool = True) -> Run:
+    """Checks the config against this machine and the data, and makes the parts; without `training`, those of evaluation.
 
     Raises:
         UserError: anything in the config that cannot be done, named.
@@ -79,14 +79,15 @@ def build(config: ConfigDict, make_task: Callable[[ConfigDict], Task]) -> Run:
     check_divisible(config, mesh.size)
     task = make_task(config)
     num_steps = config.num_steps or steps_in(config.num_epochs, task.num_train, config.batch_size)
-    if num_steps < 1:
+    if training and num_steps < 1:
         raise errors.UserError(
-            f"config.num_epochs={config.num_epochs} and config.num_steps={config.num_steps} make no update."
+            f"config.num_epochs={config.num_epochs} and config.num_steps={config.num_steps} make no update "
+            f"({task.num_train} training images)."
         )
     schedule = scaled(config.schedule, config.batch_size)
     rate = learning_rate(schedule, num_examples=task.num_train, batch_size=config.batch_size, num_steps=num_steps)
     run = Run(config, mesh, task, rate, sgd(config.optimizer, rate), num_steps)
-    if odd := "; ".join(_odd(run)):
+    if training and (odd := "; ".join(_odd(run))):
         logging.warning("This run is small for its settings: %s.", odd)
     return run
 
