@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simam_jax.data import coco
+from simam_jax.data.coco_index import read_index
 from simam_jax.detection.drawing import draw_objects
 from simam_jax.detection.evaluation import KINDS, Evaluated, Truth, evaluate
 from simam_jax.detection.figures import PANEL, Panel, examples_figure
@@ -36,9 +37,9 @@ def read_truth(
         first: so many images; None: all.
 
     Raises:
-        UserError: what `coco.read_index` says; no images, or files that are missing or of another size than the json says.
+        UserError: what `read_index` says; no images, or files that are missing or of another size than the json says.
     """
-    index, folder = coco.read_index(annotations), local(images)
+    index, folder = read_index(annotations), local(images)
     count = len(index.files) if first is None else first
     if not len(index.files) or count < 1:
         raise UserError(f"There is nothing to look at: {annotations} has {len(index.files)} images, --first={first}.")
