@@ -290,7 +290,7 @@ def test_wrong_wishes_are_errors(look, folder, capsys):
         (["--classes", "dog,brd"], "Unknown class 'brd'. Did you mean 'bird'"),
         (["--score", "30"], r"--score must be in 0\.\.1, got 30"),
         (["--top", "3"], "--top is for classifiers"),
-        (["--output", folder], "would write over the image .*temple.jpg"),
+        (["--output", folder], "would write over the image .*broken.png"),
         ([folder / "*.bmp"], "There is no file or folder"),
     ):
         with pytest.raises(UserError, match=message):
