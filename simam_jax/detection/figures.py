@@ -68,7 +68,7 @@ def scores_figure(scores: Mapping[str, Mapping[str, Evaluated]], class_names: Se
     from matplotlib.figure import Figure
 
     detectors = len(next(iter(scores.values())))
-    tall = max(4.0, 1.2 + len(class_names) * (0.1 + 0.1 * detectors))
+    tall = max(4.0, 1.2 + len(class_names) * (0.08 + 0.07 * detectors))
     figure = Figure(figsize=(11, len(scores) * tall), layout="constrained")
     grid = figure.subplots(len(scores), 2, squeeze=False)
     for (curves, bars), (kind, of_kind) in zip(grid, scores.items(), strict=True):
@@ -92,9 +92,11 @@ def _draw_curves(axes: "Axes", kind: str, scores: Mapping[str, Evaluated]) -> No
     handles += [Line2D([], [], color="0.3", ls=line, label=label) for label, line in styles.items()]
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title(f"{_TITLES[kind]}: mean over classes", fontsize=10)
+    axes.set_box_aspect(0.75)  # beside many classes too
+    axes.set_anchor("N")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(handles=handles, edgecolor="none", fontsize=8, loc="lower left")
+    axes.legend(handles=handles, edgecolor="none", fontsize=8, loc="best")
 
 
 def _draw_classes(axes: "Axes", kind: str, scores: Mapping[str, Evaluated], class_names: Sequence[str]) -> None:
