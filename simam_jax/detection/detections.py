@@ -85,6 +85,8 @@ class Detections:
                 raise unknown("class", name, self.class_names)
         wanted = np.array([classes is None or name in classes for name in self.class_names])
         keep = (self.scores >= score) & wanted[self.labels]
+        if keep.all():
+            return self  # masks of a large photograph are a gigabyte
         masks = None if self.masks is None else self.masks[keep]
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks, self.class_names)
 
