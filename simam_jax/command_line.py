@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import glob
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from simam_jax.paths import local
 from simam_jax.progress import duration
 
 if TYPE_CHECKING:
-    from simam_jax.inference import ClassifierPredictor, Predictor
+    from simam_jax.inference import ClassifierPredictor, DetectorPredictor, Predictor
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -33,9 +35,12 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, required: bool = F
     )
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `load_predictor`."""
-    parser.add_argument("--checkpoint", required=True, help="a workdir, a checkpoint in it, or a .pth.tar")
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Adds the arguments of `load_predictor`; with `several` there may be more than one checkpoint."""
+    more, action = ("; again for a second one", "append") if several else ("", "store")
+    parser.add_argument(
+        "--checkpoint", required=True, action=action, help=f"a workdir, a checkpoint in it, or a .pth.tar{more}"
+    )
     add_network_arguments(parser, of="of a .pth.tar: ")
     parser.add_argument("--class-names", help="a text file with one name a line; default: the checkpoint's")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the weights")
@@ -79,6 +84,20 @@ def load_classifier(args: argparse.Namespace) -> "ClassifierPredictor":
     return predictor
 
 
+def load_detector(args: argparse.Namespace) -> "DetectorPredictor":
+    """The detector that the command line names.
+
+    Raises:
+        UserError: as `load_predictor`, or it is a classifier.
+    """
+    from simam_jax.inference import DetectorPredictor
+
+    predictor = load_predictor(args)
+    if not isinstance(predictor, DetectorPredictor):
+        raise errors.UserError(f"{args.checkpoint} is a classifier, and this command is for detectors.")
+    return predictor
+
+
 def read_class_names(path: str, count: int | None = None) -> list[str]:
     """The names in a text file, one a line.
 
@@ -94,21 +113,25 @@ def read_class_names(path: str, count: int | None = None) -> list[str]:
     return names
 
 
-def find_images(paths: list[str]) -> list[Path]:
+def find_images(paths: list[str], *, output: Path | None = None) -> list[Path]:
     """The files named, and of folders every file below whose ending is an image's, sorted.
+
+    Args:
+        paths: files, folders, and patterns such as `photos/*.jpg` or `photos/**/*.png`.
+        output: a folder for pictures; where it lies within a folder that is named, its files are no images to look at.
 
     Raises:
         UserError: a path is not there, or a folder has no images.
     """
     found = []
     left_out: collections.Counter[str] = collections.Counter()
-    for path in map(local, paths):
+    for path in itertools.chain.from_iterable(map(_expanded, paths)):
         if not path.is_dir():
-            if not path.exists():
-                raise errors.UserError(f"There is no file or folder {path}.")
             found.append(path)
             continue
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+        if output and path.resolve() in output.resolve().parents:
+            files = [file for file in files if output.resolve() not in file.resolve().parents]
         inside = sorted(file for file in files if file.suffix.lower() in ENDINGS)
         left_out.update(file.suffix or "without an ending" for file in set(files) - set(inside))
         if not inside:
@@ -120,22 +143,38 @@ def find_images(paths: list[str]) -> list[Path]:
     return found
 
 
+def _expanded(named: str) -> list[Path]:
+    """The path, or where there is none what it is a pattern of."""
+    path = local(named)
+    if path.exists():
+        return [path]
+    if matches := sorted(glob.glob(str(path), recursive=True)):
+        return [Path(match) for match in matches]
+    raise errors.UserError(f"There is no file or folder {path}.")
+
+
 def _is_hidden(path: Path) -> bool:
     """Whether a file, or a folder that it is in, has a name that begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def with_progress(results: Iterator, total: int) -> Iterator:
-    """The same results, with a line that counts them on a terminal, unless the results themselves are printed there."""
+    """The same results, with a line that counts them on a terminal, unless the results themselves are printed there.
+
+    A last line says how long it took, with what had to be compiled first.
+    """
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
     start = time.monotonic()
     for done, result in enumerate(results, 1):
         if shown:
-            left = (time.monotonic() - start) / done * (total - done)
-            print(f"\r\x1b[K{done}/{total}  ETA {duration(left)}", end="", file=sys.stderr, flush=True)
+            passed = max(time.monotonic() - start, 1e-9)
+            line = f"{done}/{total}  {done / passed:.1f} images/s  ETA {duration(passed / done * (total - done))}"
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         yield result
     if shown:
-        print(file=sys.stderr)
+        print("\r\x1b[K", end="", file=sys.stderr)
+    passed = max(time.monotonic() - start, 1e-9)
+    print(f"{total} images in {duration(passed)}, {total / passed:.1f} images/s", file=sys.stderr)
 
 
 def skip(error: errors.UserError) -> None:

@@ -39,6 +39,7 @@ class Predictor(abc.ABC):
         model, variables: for `model.apply`.
         preprocessing: from an image to the pixels that the network sees.
         class_names: one for each class.
+        category_ids: a detector's numbers for them in COCO's form.
     """
 
     BATCH_SIZE: ClassVar[int]
@@ -54,12 +55,13 @@ class Predictor(abc.ABC):
         preprocessing: Any = None,
         class_names: Sequence[str] | None = None,
         *,
+        category_ids: Sequence[int] | None = None,
         batch_size: int | None = None,
     ):
         """Args as the attributes.
 
-        `preprocessing` None: what the reference implementation feeds such a network with; `class_names` None: numbers. At
-        most `batch_size` images are computed at once; None: 32, and 2 of a detector's.
+        `preprocessing` None: what the reference implementation feeds such a network with; `class_names` and `category_ids`
+        None: numbers from 0. At most `batch_size` images are computed at once; None: 32, and 2 of a detector's.
         """
         if batch_size is not None and batch_size < 1:
             raise errors.UserError(f"batch_size must be at least 1, got {batch_size}.")
@@ -69,6 +71,9 @@ class Predictor(abc.ABC):
         self.class_names, self.batch_size = tuple(names), batch_size or self.BATCH_SIZE
         if len(self.class_names) != model.num_classes:
             raise errors.UserError(f"{len(self.class_names)} class names for {model.num_classes} classes.")
+        self.category_ids = tuple(range(model.num_classes)) if category_ids is None else tuple(category_ids)
+        if len(self.category_ids) != model.num_classes:
+            raise errors.UserError(f"{len(self.category_ids)} category ids for {model.num_classes} classes.")
 
     @classmethod
     def load(
@@ -113,7 +118,8 @@ class Predictor(abc.ABC):
             preprocessing = weights.preprocessing_of(found)
         if class_names is None:
             class_names = weights.class_names_of(found)
-        return cls(found.model, found.variables, preprocessing, class_names, batch_size=batch_size)
+        ids = weights.category_ids_of(found, class_names)
+        return cls(found.model, found.variables, preprocessing, class_names, category_ids=ids, batch_size=batch_size)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
         """What the network sees in one image or in many, of any sizes.

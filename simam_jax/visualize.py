@@ -10,7 +10,15 @@ import numpy as np
 
 from simam_jax import errors
 from simam_jax.classification import curves, explain, figures
-from simam_jax.command_line import add_checkpoint_arguments, exit_code, find_images, load_classifier, skip
+from simam_jax.command_line import (
+    add_checkpoint_arguments,
+    exit_code,
+    find_images,
+    load_classifier,
+    load_detector,
+    skip,
+    with_progress,
+)
 from simam_jax.paths import local
 from simam_jax.progress import Progress
 
@@ -26,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m simam_jax.visualize", description="Pictures of where a network looks, and of how it learned."
     )
-    commands = parser.add_subparsers(required=True, metavar="attention | grad-cam | curves")
+    commands = parser.add_subparsers(required=True, metavar="attention | grad-cam | curves | detections")
     attention = commands.add_parser("attention", help="SimAM's weights over images")
     attention.set_defaults(draw=_draw_attention)
     add_checkpoint_arguments(attention)
@@ -47,7 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     runs = commands.add_parser("curves", help="top-1 error over epochs of one or more runs")
     runs.set_defaults(draw=_draw_curves)
     runs.add_argument("workdirs", nargs="+", help="what train.py wrote into")
-    for command in (attention, cam, runs):
+    objects = commands.add_parser("detections", help="what detectors find beside the ground truth, the worst first")
+    objects.set_defaults(draw=_draw_detections)
+    add_checkpoint_arguments(objects, several=True)
+    objects.add_argument("--annotations", required=True, help="the ground truth, a json in COCO's form")
+    objects.add_argument("--images", required=True, help="the folder of its images")
+    objects.add_argument("--score", type=float, default=0.3, help="the least score of an object that is shown (0.3)")
+    objects.add_argument("--count", type=int, default=8, help=f"images that are shown, at most {MAX_IMAGES} (8)")
+    objects.add_argument("--first", type=int, help="look at the first so many images only; default: all")
+    for command in (attention, cam, runs, objects):
         command.add_argument("--output", required=True, help="the picture, .png or .svg")
     args = parser.parse_args(argv)
     figures.check_ending(args.output)
@@ -92,11 +108,48 @@ def _draw_grad_cam(args: argparse.Namespace) -> int:
 
 
 def _draw_curves(args: argparse.Namespace) -> int:
-    names = [local(workdir).resolve().name for workdir in args.workdirs]
-    if len(set(names)) < len(names):
-        names = args.workdirs
-    runs = {name: curves.read_curves(path) for name, path in zip(names, args.workdirs, strict=True)}
+    runs = {name: curves.read_curves(path) for name, path in _by_name(args.workdirs).items()}
     return _finish(figures.curves_figure(runs), args.output, [], [])
+
+
+def _draw_detections(args: argparse.Namespace) -> int:
+    from simam_jax.detection import comparison
+    from simam_jax.detection import figures as detection_figures
+
+    if not 1 <= args.count <= MAX_IMAGES:
+        raise errors.UserError(f"--count must be in 1..{MAX_IMAGES}, got {args.count}.")
+    output = figures.check_ending(args.output)
+    truth, paths = comparison.read_truth(args.annotations, args.images, args.first)
+    found, unread = {}, set()
+    for name, path in _by_name(args.checkpoint).items():
+        predictor = load_detector(argparse.Namespace(**vars(args) | {"checkpoint": path}))
+        ids = comparison.category_ids(truth, predictor.class_names, path)
+        found[name] = []
+        for (place, result), image in zip(
+            with_progress(predictor.stream(paths), len(paths)), truth.image_ids.tolist(), strict=True
+        ):
+            if isinstance(result, errors.UserError):
+                if place not in unread:
+                    skip(result)
+                unread.add(place)
+            else:
+                found[name] += [row for row in result.results(image, ids) if row["category_id"] is not None]
+    read = np.array([path not in unread for path in paths])
+    truth, shown = comparison.subset(truth, read), [path for path in paths if path not in unread]
+    if not shown:
+        raise errors.UserError("None of the images could be read: there is nothing to show.")
+    scores = comparison.scores(truth, found)
+    examples = comparison.examples(truth, shown, found, score=args.score, count=args.count)
+    curves_output = output.with_name(f"{output.stem}_scores{output.suffix}")
+    figures.save(detection_figures.scores_figure(scores, truth.class_names), curves_output)
+    Progress(None).say(f"Wrote {curves_output}")
+    return _finish(examples, args.output, paths, shown)
+
+
+def _by_name(paths: list[str]) -> dict[str, str]:
+    """The paths by their last parts, or by themselves where two end alike."""
+    names = [local(path).resolve().name for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
 
 
 def _load_baseline(args: argparse.Namespace, first: "ClassifierPredictor") -> "ClassifierPredictor":

@@ -171,6 +171,15 @@ def class_names_of(found: Weights) -> list[str] | None:
     return (resources.files("simam_jax") / file).read_text().splitlines()
 
 
+def category_ids_of(found: Weights, class_names: Sequence[str] | None) -> list[int] | None:
+    """The numbers of a detector's classes in COCO's form: as stored with the weights; else COCO's for its 80 classes."""
+    if stored := found.spec.get("category_ids"):
+        return list(stored)
+    coco = (resources.files("simam_jax") / _CLASS_NAMES[80][1]).read_text().splitlines()
+    return [i for i in range(1, 91) if i not in _NOT_IN_COCO] if list(class_names or ()) == coco else None
+
+
+_NOT_IN_COCO = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 _CLASS_NAMES = {1000: ("ImageNet", "imagenet_classes.txt"), 80: ("COCO", "coco_classes.txt")}
 
 

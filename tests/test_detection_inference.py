@@ -9,9 +9,20 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_images
 
-from simam_jax import DetectionPreprocessing, Predictor, UserError, checkpoints, create_model, export, predict, summary
+from simam_jax import (
+    DetectionPreprocessing,
+    Predictor,
+    UserError,
+    checkpoints,
+    create_model,
+    export,
+    predict,
+    summary,
+    weights,
+)
 from simam_jax.convert import write_state
 from simam_jax.detection.detections import Detections
 from simam_jax.models import init_variables
@@ -158,9 +169,50 @@ def test_rows_lines_and_a_picture():
     assert found.rows()[0] == {"class": "dog", "score": pytest.approx(0.9), "box": [10, 10, 30, 20], "area": 200}
     assert found.lines()[0] == " 90.00 %  dog  10 10 30 20"
     picture = np.asarray(found.draw(np.zeros((40, 60, 3), np.uint8)))
-    assert picture.shape == (40, 60, 3)
-    assert picture[15, 20].any()  # within the mask
-    assert not picture[35, 50].any()  # in the mask of the one whose score is too low to be shown
+    assert picture.shape == (320, 480, 3)  # eight times as large, or it could not be read
+    assert picture[8 * 15, 8 * 20].any()  # within the mask
+    assert not picture[8 * 35, 8 * 50].any()  # in the mask of the one whose score is too low to be shown
+
+
+def test_objects_are_chosen_by_score_and_class():
+    boxes = np.array([[10, 10, 30, 20], [0, 0, 5, 5], [1, 1, 9, 9]], np.float32)
+    scores, labels = np.array([0.9, 0.3, 0.2], np.float32), np.array([1, 0, 1], np.int32)
+    found = Detections(boxes, scores, labels, np.arange(3)[:, None, None] == np.ones((4, 4)), ("cat", "dog"))
+    few = found.chosen(0.25, ["dog"])
+    assert few.rows() == found.rows()[:1]
+    assert found.chosen(classes=["dog", "cat"]).rows() == found.chosen().rows() == found.rows()
+    assert len(found.chosen(0.95)) == len(found.chosen(0.95).chosen(0.5)) == 0
+    with pytest.raises(UserError, match=r"Unknown class 'dag'\. Did you mean 'dog'"):
+        found.chosen(classes=["dag"])
+
+
+def test_results_are_in_coco_s_form():
+    mask = np.zeros((1, 40, 60), bool)
+    mask[0, 10:20, 10:30] = True
+    found = Detections(np.array([[10, 10, 30, 20]], "f4"), np.array([0.5], "f4"), np.array([1], "i4"), mask, ("a", "b"))
+    (row,) = found.results("x.png", [7, 9])
+    rle = row.pop("segmentation")
+    np.testing.assert_array_equal(coco_mask.decode(rle), mask[0])
+    assert row == {"image_id": "x.png", "category_id": 9, "category_name": "b", "bbox": [10, 10, 20, 10], "score": 0.5}
+    assert "segmentation" not in dataclasses.replace(found, masks=None).results(5, [7, 9])[0]
+
+
+@pytest.mark.parametrize(("stored", "ids"), [
+    ({"category_ids": [4, 9, 2], "class_names": ["x", "y", "z"]}, (4, 9, 2)), ({}, (0, 1, 2))
+])  # fmt: skip
+def test_category_ids_come_from_the_weights(predictor, tmp_path, stored, ids):
+    spec = {"task": "detection", "model": predictor.model.spec(), "preprocessing": dataclasses.asdict(SMALL)}
+    checkpoints.write_weights(tmp_path / "run", spec | stored, predictor.variables)
+    assert Predictor.load(tmp_path / "run").category_ids == ids
+
+
+def test_the_80_classes_of_coco_have_its_numbers():
+    names = (Path(predict.__file__).parent / "coco_classes.txt").read_text().splitlines()
+    ids = weights.category_ids_of(weights.Weights(None, None, {}), names)
+    numbers = dict(zip(names, ids, strict=True))
+    assert (len(ids), ids[0], ids[-1]) == (80, 1, 90)
+    assert (numbers["stop sign"], numbers["bench"], numbers["bed"], numbers["book"]) == (13, 15, 65, 84)
+    assert weights.category_ids_of(weights.Weights(None, None, {}), names[:-1]) is None
 
 
 def test_predict_prints_objects(predictor, tmp_path, capsys):
@@ -168,9 +220,88 @@ def test_predict_prints_objects(predictor, tmp_path, capsys):
     checkpoints.write_weights(tmp_path / "run", spec, predictor.variables)
     Image.fromarray(TEMPLE).save(tmp_path / "temple.png")
     assert predict.main(["--checkpoint", str(tmp_path / "run"), str(tmp_path / "temple.png"), "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)
     (expected,) = predictor(TEMPLE)
-    assert [each["box"] for each in row["objects"]] == [each["box"] for each in expected.rows()]
+    expected = expected.results("temple.png", (0, 1, 2))
+    assert [row["category_id"] for row in rows] == [row["category_id"] for row in expected]
+    np.testing.assert_array_equal([row["bbox"] for row in rows], [row["bbox"] for row in expected])
+    assert {row["file_name"] for row in rows} == {str(tmp_path / "temple.png")}
+
+
+@pytest.fixture
+def look(predictor, monkeypatch):
+    """`predict` with the detector that is there already."""
+    monkeypatch.setattr(predict, "load_predictor", lambda *_, **__: predictor)
+    return lambda *arguments: predict.main(["--checkpoint", "a detector", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two photographs, one of them in a folder of its own, and what is no image."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    Image.fromarray(TEMPLE).save(tmp_path / "photos" / "temple.jpg")
+    Image.fromarray(FLOWER[:100, :100]).save(tmp_path / "photos" / "more" / "000000000007.gif")
+    (tmp_path / "photos" / "broken.png").write_text("no image")
+    return tmp_path / "photos"
+
+
+def test_predict_draws_tells_and_skips(look, folder, predictor, capsys):
+    out = folder / "out"
+    assert look(folder, "--output", out, "--score", "0.5") == 1
+    printed = capsys.readouterr()
+    assert "broken.png cannot be read" in printed.err
+    assert "3 images in 0:" in printed.err
+    assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {"temple.jpg", "000000000007.gif.png"}
+    (expected,) = predictor(folder / "temple.jpg")
+    lines = expected.chosen(0.5).lines() or ["nothing found"]
+    assert [f"  {line}" for line in lines] == printed.out.partition("temple.jpg\n")[2].splitlines()[: len(lines)]
+    with Image.open(out / "temple.jpg") as picture:
+        assert picture.size == (640, 427)
+    assert look(folder, "--output", out) == 1  # its own pictures are no images to look at
+    assert "3 images in 0:" in capsys.readouterr().err
+
+
+def test_predict_lists_chosen_classes_in_coco_s_form(look, folder, capsys):
+    assert look(folder / "*.jpg", folder / "**" / "*.gif", "--json") == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert {row["image_id"] for row in everything} == {"temple.jpg", 7}
+    assert look(folder / "temple.jpg", folder / "more", "--json", "--classes", "dog,bird", "--score", "0.1") == 0
+    some = json.loads(capsys.readouterr().out)
+    assert some == [row for row in everything if row["category_name"] != "cat" and row["score"] >= 0.1]
+
+
+def test_predict_says_that_nothing_is_found(look, folder, predictor, monkeypatch, capsys):
+    (found,) = predictor(TEMPLE)
+    nothing = dataclasses.replace(
+        found, **{name: getattr(found, name)[:0] for name in ("boxes", "scores", "labels", "masks")}
+    )
+    monkeypatch.setattr(type(predictor), "stream", lambda _, paths: ((path, nothing) for path in paths))
+    path = folder / "more" / "000000000007.gif"
+    assert look(path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert look(path, "--output", folder / "out") == 0
+    assert capsys.readouterr().out == f"{path}\n  nothing found\n"
+    with Image.open(folder / "out" / "000000000007.gif.png") as picture:
+        assert picture.size == (480, 480)
+
+
+def test_wrong_wishes_are_errors(look, folder, capsys):
+    for wishes, message in (
+        (["--classes", "dog,brd"], "Unknown class 'brd'. Did you mean 'bird'"),
+        (["--score", "30"], r"--score must be in 0\.\.1, got 30"),
+        (["--top", "3"], "--top is for classifiers"),
+        (["--output", folder], "would write over the image .*broken.png"),
+        ([folder / "*.bmp"], "There is no file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            look(folder, *wishes)
+    assert capsys.readouterr().out == ""
+
+
+def test_objects_are_not_asked_of_a_classifier(workdir, photographs, tmp_path):
+    for wish in (["--output", str(tmp_path)], ["--score", "0.5"], ["--classes", "cat"]):
+        with pytest.raises(UserError, match=f"{wish[0]} is for detectors"):
+            predict.main(["--checkpoint", str(workdir), photographs[0], *wish])
 
 
 def test_the_summary_has_the_reference_implementations_counts(capsys):

@@ -129,4 +129,4 @@ def test_pictures_show_the_truth_beside_what_was_found(scenes):
     task = detection.make_task(config_of(scenes, visualize_every_epochs=1.0))
     drawn = task.pictures(task.init(jax.random.key(0)))
     assert list(drawn) == [f"detections/{i}" for i in range(4)]
-    assert all(picture.shape == (1, 128, 256, 3) and picture.dtype == np.uint8 for picture in drawn.values())
+    assert all(picture.shape == (1, 480, 960, 3) and picture.dtype == np.uint8 for picture in drawn.values())

@@ -62,7 +62,23 @@ def place(tmp_path_factory):
     for name, photograph in zip(("cat.jpg", "dog.jpg"), load_sample_images().images, strict=True):
         for target in (folder / name, folder / "photos" / name):
             Image.fromarray(photograph).save(target)
+    _write_detector(folder)
     return folder
+
+
+def _write_detector(folder):
+    """runs/scenes, and own.json with an object in one of the photographs."""
+    detector = simam_jax.create_model("mask_rcnn_tiny_fpn", num_classes=10)
+    variables = simam_jax.init_variables(detector, jax.random.key(0))
+    how = {"min_size": 128, "max_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    spec = {"task": "detection", "model": detector.spec(), "preprocessing": how}
+    checkpoints.write_weights(folder / "runs" / "scenes", spec, variables)
+    images = [
+        {"id": i, "file_name": name, "height": 427, "width": 640} for i, name in enumerate(("cat.jpg", "dog.jpg"))
+    ]
+    box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [9, 9, 90, 90], "area": 8100, "iscrowd": 0}
+    own = {"images": images, "annotations": [box], "categories": [{"id": i, "name": str(i)} for i in range(10)]}
+    (folder / "own.json").write_text(json.dumps(own))
 
 
 def test_the_mathematics_page_holds():

@@ -1,15 +1,17 @@
 """The results of a detector for one image, which render themselves: as rows for programs, lines and pictures for people."""
 
-import colorsys
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simam_jax.detection.drawing import Drawn, class_colour, draw_objects
+from simam_jax.detection.evaluation import encode
+from simam_jax.errors import unknown
+
 if TYPE_CHECKING:
     from PIL import Image
-
-OPACITY = 0.45  # of a mask over the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,45 @@ class Detections:
                 row["area"] = int(mask.sum())
         return rows
 
+    def results(self, image: str | int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The objects in COCO's results form, with the classes' names.
+
+        Args:
+            image: the image's number, or its name, in the results.
+            category_ids: the numbers of the classes in the results.
+        """
+        corners = self.boxes.astype(np.float64)
+        rows = [
+            {
+                "image_id": image,
+                "category_id": int(category_ids[label]),
+                "category_name": self.class_names[label],
+                "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]],
+                "score": float(score),
+            }
+            for label, box, score in zip(self.labels, corners.tolist(), self.scores, strict=True)
+        ]
+        if self.masks is not None:
+            for row, rle in zip(rows, encode(self.masks), strict=True):
+                row["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+        return rows
+
+    def chosen(self, score: float = 0.0, classes: Sequence[str] | None = None) -> "Detections":
+        """The objects whose score is at least `score`; None: of all classes.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        for name in classes or ():
+            if name not in self.class_names:
+                raise unknown("class", name, self.class_names)
+        wanted = np.array([classes is None or name in classes for name in self.class_names])
+        keep = (self.scores >= score) & wanted[self.labels]
+        if keep.all():
+            return self  # masks of a large photograph are a gigabyte
+        masks = None if self.masks is None else self.masks[keep]
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks, self.class_names)
+
     def lines(self) -> list[str]:
         """The objects as text: ` 97.03 %  name  x1 y1 x2 y2`."""
         return [
@@ -63,26 +104,13 @@ class Detections:
             pixels: uint8 (H, W, 3), the image itself.
             threshold: in 0..1.
         """
-        from PIL import Image, ImageDraw
-
-        shown = [i for i in range(len(self)) if self.scores[i] >= threshold]
-        canvas = pixels.astype(np.float32)
-        masks = [] if self.masks is None else [(self.masks[i], _colour(self.labels[i])) for i in reversed(shown)]
-        for mask, colour in masks:
-            canvas[mask] = (1 - OPACITY) * canvas[mask] + OPACITY * np.array(colour)
-        image = Image.fromarray(canvas.round().astype(np.uint8))
-        pen, width = ImageDraw.Draw(image), max(1, round(min(image.size) / 300))
-        for i in reversed(shown):
-            colour, (x1, y1, x2, y2) = _colour(self.labels[i]), self.boxes[i].tolist()
-            pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=width)
-            text, size = f"{self.names[i]} {100 * self.scores[i]:.0f} %", max(10, min(image.size) // 40)
-            left, top, right, bottom = pen.textbbox((x1, max(y1 - 1.2 * size, 0)), text, font_size=size)
-            pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-            pen.text((x1, max(y1 - 1.2 * size, 0)), text, fill="white", font_size=size)
-        return image
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """One colour for each class, neighbours far apart."""
-    red, green, blue = colorsys.hsv_to_rgb(0.618034 * int(label) % 1, 0.85, 0.8)
-    return round(255 * red), round(255 * green), round(255 * blue)
+        drawn = [
+            Drawn(
+                self.boxes[i].tolist(),
+                f"{self.names[i]} {100 * self.scores[i]:.0f} %",
+                class_colour(self.labels[i]),
+                None if self.masks is None else self.masks[i],
+            )
+            for i in np.flatnonzero(self.scores >= threshold)
+        ]
+        return draw_objects(pixels, drawn)
