@@ -82,7 +82,9 @@ def _kind(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str:
         return "image" if size > 3 else "dense"
     # Narrower types have too few digits for Winograd's sums.
     precise = jnp.finfo(x.dtype).bits >= 32
-    return "3x3" if size == 3 and geometry.stride == geometry.padding == 1 and precise else "strided"
+    if size == 3 and geometry.stride == geometry.padding == 1 and precise:
+        return "3x3"
+    return "strided" if geometry.stride > 1 else "dense"
 
 
 def _with_gradients(value: Bilinear, kernel_gradient: Bilinear, input_gradient: Bilinear) -> Bilinear:
