@@ -257,7 +257,7 @@ CPU_FORMS = {
     "pointwise": Forms(_pointwise),
     "depthwise": Forms(_depthwise, _depthwise_kernel_gradient, _depthwise_input_gradient),
     "3x3": Forms(_winograd),
-    "strided": Forms(_im2col),
+    "strided": Forms(xla, _im2col, xla),  # XLA computes the gradient in the kernel at a third of the speed
     "dense": Forms(xla),
     # Of a large kernel a sum has so many terms that XLA's value is faster.
     "image": Forms(xla, _im2col_columns, _im2col),
