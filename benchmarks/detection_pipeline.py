@@ -31,7 +31,7 @@ from simam_jax.errors import run_cli
 from simam_jax.preprocessing import COCO
 
 POLYGONS = 7  # COCO's mean
-MEAN, STD = np.float32(COCO.mean), np.float32(COCO.std)
+MEAN, STD = np.array(COCO.mean, np.float32), np.array(COCO.std, np.float32)
 
 
 def main() -> None:
@@ -116,12 +116,13 @@ def _pil(config: ConfigDict, masks: bool) -> Callable[[int], object]:
         image = Image.open(io.BytesIO(files[number])).convert("RGB")
         width, height = image.size
         size = COCO.resized(height, width)
-        resized = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        across = size[1], size[0]
+        resized = image.resize(across, Image.Resampling.BILINEAR)
         own = [a for a in found["annotations"] if a["image_id"] == number]
         bitmaps = []
         for annotation in own if masks else ():
             rle = mask_utils.merge(mask_utils.frPyObjects(annotation["segmentation"], height, width))
-            bitmap = Image.fromarray(mask_utils.decode(rle)).resize(size[::-1], Image.Resampling.NEAREST)
+            bitmap = Image.fromarray(mask_utils.decode(rle)).resize(across, Image.Resampling.NEAREST)
             bitmaps.append(np.asarray(bitmap))
         if i % 2:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -196,24 +196,21 @@ def score(annotations: Path, index: Index) -> str:
         from pycocotools.cocoeval import COCOeval
 
     lines = []
-    kinds = ["bbox", *(["segm"] if np.diff(index.segmentation_ends).any() else [])]
+    kinds: list[Any] = ["bbox", *(["segm"] if np.diff(index.segmentation_ends).any() else [])]
     for kind in kinds:
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(annotations)
-            results = [
-                {name: a[name] for name in ("image_id", "category_id", "bbox" if kind == "bbox" else "segmentation")}
-                | {"score": 1.0}
-                for a in truth.dataset.get("annotations", [])
-                if not a.get("iscrowd") and (kind == "bbox" or a.get("segmentation"))
+            truth: Any = COCO(annotations)
+            objects = [
+                annotation
+                for annotation in truth.dataset.get("annotations", [])
+                if not annotation.get("iscrowd") and (kind == "bbox" or annotation.get("segmentation"))
             ]
-            if kind == "segm":
-                for result, a in zip(
-                    results,
-                    (a for a in truth.dataset["annotations"] if not a.get("iscrowd") and a.get("segmentation")),
-                    strict=True,
-                ):
-                    result["segmentation"] = truth.annToRLE(a)
-            evaluation = COCOeval(truth, truth.loadRes(results), kind) if results else None
+            results = [
+                {"image_id": each["image_id"], "category_id": each["category_id"], "score": 1.0}
+                | ({"bbox": each["bbox"]} if kind == "bbox" else {"segmentation": truth.annToRLE(each)})
+                for each in objects
+            ]
+            evaluation: Any = COCOeval(truth, truth.loadRes(results), kind) if results else None
             if evaluation:
                 evaluation.evaluate()
                 evaluation.accumulate()
