@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import measure, networks
 from simam_jax.errors import run_cli, unknown
 from simam_jax.models import init_variables
-from simam_jax.ops import convolution, dispatch, pooling, simam, simam_batch_norm
+from simam_jax.ops import convolution, dispatch, moments, pooling, simam, simam_batch_norm
 from simam_jax.training import step as steps
 
 PLATFORM = "other"  # for which every operation has its default form
@@ -34,7 +34,9 @@ CONVOLUTIONS = [
     ("pointwise", (16, 14, 14, 256), 1, 1024, 1, 1),
     ("3x3", (16, 56, 56, 64), 3, 64, 1, 1),
     ("3x3", (16, 14, 14, 256), 3, 256, 1, 1),
+    ("strided", (16, 56, 56, 128), 3, 128, 2, 1),
     ("image", (16, 224, 224, 3), 7, 64, 2, 1),
+    ("image 3x3", (16, 224, 224, 3), 3, 32, 2, 1),
     ("depthwise", (16, 112, 112, 96), 3, 96, 2, 96),
     ("depthwise", (16, 28, 28, 192), 3, 192, 1, 192),
     ("grouped", (16, 28, 28, 256), 3, 256, 1, 32),
@@ -79,6 +81,7 @@ def _operations(only: list[str]) -> Iterator[tuple[str, tuple[Callable, Callable
         table[name] = convolutions
     map_ = (16, 56, 56, 64)
     table["max pooling 16x112x112x64"] = lambda: (pooling.max_pool, pooling.by_windows, (array(16, 112, 112, 64),))
+    table["moments 16x56x56x64"] = lambda: (*_on_both(_moments), (array(*map_),))
     table["simam 16x56x56x64"] = lambda: (*_on_both(simam.simam), (array(*map_),))
     table["simam and batch norm 16x56x56x64"] = lambda: (
         *_on_both(_simam_batch_norm),
@@ -100,6 +103,11 @@ def _on_both(f: Callable) -> tuple[Callable, Callable]:
             return f(*inputs)
 
     return f, default
+
+
+def _moments(x: jax.Array) -> jax.Array:
+    mean, var = moments.moments(x, x[:1, :1, :1], (0, 1, 2))
+    return mean + var
 
 
 def _simam_batch_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -154,8 +162,10 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "no form of ours": lambda: dispatch.lowering_for(PLATFORM),
     "pointwise by XLA": _as_xla("pointwise"),
     "3x3 by XLA": _as_xla("3x3"),
-    "images by XLA": _as_xla("image"),
+    "strided 3x3 by XLA": _as_xla("strided"),
+    "images by XLA": _as_xla("image", "image 3x3"),
     "depthwise by XLA": _as_xla("depthwise"),
+    "moments in one form": lambda: _replaced(moments, ["_of_unshifted"], moments._of_shifted),
     "SimAM and batch norm apart": lambda: _replaced(simam_batch_norm, ["_recompute_once"], simam_batch_norm._unfused),
     "max pooling by XLA": lambda: _replaced(pooling, ["_by_axes"], pooling.by_windows),
 }

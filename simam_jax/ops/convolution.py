@@ -79,7 +79,7 @@ def _kind(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str:
     if small:
         return "dense"
     if channels < FEW:
-        return "image" if size > 3 else "dense"
+        return "image" if size > 3 else "image 3x3"
     # Narrower types have too few digits for Winograd's sums.
     precise = jnp.finfo(x.dtype).bits >= 32
     if size == 3 and geometry.stride == geometry.padding == 1 and precise:
@@ -187,13 +187,15 @@ def _in_cache(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int
     return in_parts(jax.checkpoint(f, prevent_cse=False), x, part_size(x.shape[0], CACHE // bytes_each))
 
 
-def _depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """A depthwise convolution as a sum of shifted products, fused into one loop over the result."""
-    result = output_size(x, kernel, geometry)
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A convolution, depthwise or of few channels, as a sum of shifted products, fused into one loop over the result."""
+    result, inputs = output_size(x, kernel, geometry), kernel.shape[2]
 
     def taps(padded: jax.Array, kernel: jax.Array) -> jax.Array:
+        # A depthwise kernel has one input, and all channels are its; of others each channel meets all outputs.
         first, *others = (
-            _tap(padded, (i, j), result, geometry.stride) * kernel[i, j] for i, j in np.ndindex(kernel.shape[:2])
+            _tap(padded, (i, j), result, geometry.stride)[..., c::inputs] * kernel[i, j, c]
+            for i, j, c in np.ndindex(*kernel.shape[:2], inputs)
         )
         return sum(others, start=first)
 
@@ -255,11 +257,12 @@ def _block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
 
 CPU_FORMS = {
     "pointwise": Forms(_pointwise),
-    "depthwise": Forms(_depthwise, _depthwise_kernel_gradient, _depthwise_input_gradient),
+    "depthwise": Forms(_sum_of_taps, _depthwise_kernel_gradient, _depthwise_input_gradient),
     "3x3": Forms(_winograd),
     "strided": Forms(xla, _im2col, xla),  # XLA computes the gradient in the kernel at a third of the speed
     "dense": Forms(xla),
-    # Of a large kernel a sum has so many terms that XLA's value is faster.
+    # Of a large kernel the sum has so many terms that XLA's value is faster, of a small one XLA's gradients are.
+    "image 3x3": Forms(_sum_of_taps, xla, xla),
     "image": Forms(xla, _im2col_columns, _im2col),
     "grouped": Forms(_grouped),
     "small grouped": Forms(xla, _grouped, _grouped),

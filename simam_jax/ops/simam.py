@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from simam_jax.errors import UserError, unknown
 from simam_jax.ops.dispatch import choose, compute_once, is_symbolic
-from simam_jax.ops.moments import at_least_float32, moments
+from simam_jax.ops.moments import at_least_float32, mean_cancels, moments
 
 IMPLEMENTATIONS = ("auto", "reference")
 MAP = (-3, -2)  # the axes of H and W in (..., H, W, C)
@@ -243,7 +243,7 @@ def gradient_from_weights(
     def from_x(x: jax.Array, h: jax.Array) -> jax.Array:
         return _sum(h * x, axes) - mu * sum_h
 
-    sum_hc = lax.cond(_mean_cancels(mu, 1 / (4 * inv)), from_c, from_x, wide, h)
+    sum_hc = lax.cond(mean_cancels(mu, 1 / (4 * inv)), from_c, from_x, wide, h)
     return input_gradient(c, through_x, h, stats, sum_h, sum_hc, axes).astype(x.dtype)
 
 
@@ -276,8 +276,3 @@ def input_gradient(
     """dx from the terms and their sums: see `_backward`."""
     inv, mean_h = stats.inv, sum_h / positions(c, axes)
     return through_x + 2 * inv * (h - mean_h) - c * (8 * jnp.square(inv) * sum_hc / degrees_of_freedom(c, axes))
-
-
-def _mean_cancels(mean: jax.Array, var: jax.Array) -> jax.Array:
-    """Whether a mean is so large against the deviation that sums which it dominates lose two digits of their seven."""
-    return jnp.any(jnp.square(mean) > 2**6 * var)
