@@ -113,7 +113,9 @@ FIELDS: dict[str, Any] = {
     "checkpoint": {
         "every_epochs": number(1.0, least=0),  # 0: only at the end
         "keep_last": whole(3, least=1),  # the newest ones
-        "keep_best": whole(1, least=0),  # those with the best score of the task (classification: top-1; detection: AP)
+        "keep_best": whole(
+            1, least=0
+        ),  # those with the best score (classification: top-1; detection: AP, of masks if there are any), where an evaluation fell on them
     },
     "distributed": {  # all empty: one process, or what JAX detects (see the README)
         "coordinator_address": text(""),  # HOST:PORT of process 0

@@ -132,7 +132,7 @@ def _cbam(make: LayerFactory, x: jax.Array, train: bool, extent: jax.Array | Non
     return cbam(x, train, extent)
 
 
-# By the names of `create_model`. A new kind of attention is a line here; no block knows one by name.
+# By the names of `create_model`. CONTRIBUTING.md says where else a new kind of attention needs a word.
 KINDS = {"simam": Kind(SPATIAL, _simam), "se": Kind(END, _squeeze_excite), "cbam": Kind(END, _cbam)}
 
 

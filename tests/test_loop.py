@@ -6,11 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from processes import pictures
 
 import simam_jax
 from configs import base, digits_resnet20_simam
 from simam_jax import checkpoints, models
+from simam_jax.data import digit_scenes
 from simam_jax.models import mobilenet_v2
 from simam_jax.tasks import make_task
 from simam_jax.training import evaluation, loop
@@ -135,24 +137,35 @@ def test_fine_tuning_starts_from_a_file_of_pytorch(tmp_path, trained):
     jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A few digit scenes, prepared."""
+    folder = str(tmp_path_factory.mktemp("scenes"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digit_scenes, "NUM_SCENES", {"train": 16, "test": 8})
+        digit_scenes.open_scenes(ConfigDict({"data_dir": folder}), "train")
+    return folder
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe):
+def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe, scenes):
     """At full size, traced and not run."""
     config = importlib.import_module(f"configs.{recipe}").get_config()
-    config.update_from_flattened_dict({"data.source": "synthetic", "compilation_cache_dir": ""})
+    source = "synthetic" if config.task == "classification" else "digit_scenes"
+    config.update_from_flattened_dict({"data.source": source, "data.data_dir": scenes, "compilation_cache_dir": ""})
     base.check(config)
     run = build(config, make_task)
     (row,) = run.task.example
     batch = {name: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype) for name, x in row.items()}
-    ema = bool(config.ema_decay)
-    state = jax.eval_shape(lambda v: create_state(v, run.optimizer, seed=0, ema=ema), run.task.shapes())
+    made = {"seed": 0, "ema": bool(config.ema_decay), "trainable": run.task.trainable}
+    state = jax.eval_shape(lambda v: create_state(v, run.optimizer, **made), run.task.shapes())
     after, values = jax.eval_shape(run.train_step(), state, batch)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after))
     assert values["scalars"]["loss"].dtype == np.float32
 
 
 @pytest.mark.slow  # ten programs to compile
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "rcnn" not in name])  # these: test_detection_task
 def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
     """At a small size and with one block in every stage; the golden files hold for the whole networks."""
     full = models.create_model

@@ -1,4 +1,4 @@
-"""The order of images of several shapes: batches of one shape each, a function of seed and update alone."""
+"""The order of images of several shapes: batches of one shape each, a function of seed, update, batch and shapes."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ Shape = tuple[int, int]  # height and width in pixels
 
 
 class Place(NamedTuple):
-    """Which example a row of a batch shows, and when: what the row is a function of."""
+    """The example that a row shows, and the epoch it was drawn in; with the seed these decide its augmentation."""
 
     epoch: int
     index: int
@@ -54,8 +54,8 @@ def permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 def training_order(shapes: Sequence[Shape], batch_size: int, seed: int) -> Iterator[list[Place]]:
     """Without end, the places of each batch.
 
-    Every epoch shows every image once, in the order of its `permutation`. A batch is made as soon as there are enough
-    images of a shape; those left over at the end of an epoch come first in the next one.
+    Every epoch queues every image once, in the order of its `permutation`. A batch is given as soon as `batch_size` images
+    of one shape wait; images still waiting when an epoch ends are shown in the next.
     """
     waiting: dict[Shape, list[Place]] = {}
     for epoch in itertools.count():

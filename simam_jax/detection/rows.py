@@ -51,8 +51,8 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
 
     Returns:
         image: uint8 (*shape, 3), zeros beyond the image. image_size: int32 (2,), without padding. boxes: float32 (G, 4) in
-        these pixels, cut to the image; labels: int32 (G,); count: int32 (), how many are real; those of which a view shows
-        nothing are left out. masks: uint8 (G, H, ceil(W / 8)), packed bits.
+        these pixels, cut to the image; labels: int32 (G,); count: int32 (), how many are real; where the scale is jittered,
+        objects of which less than a pixel in width or height is left are dropped. masks: uint8 (G, H, ceil(W / 8)), packed bits.
 
     Raises:
         UserError: the image cannot be read, is not of the size that the data say, or its masks are not.
@@ -70,8 +70,8 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
     boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
     if view.mirrored:
         boxes = np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), -1)
-    whole = view.scale == 1.0
-    kept = np.flatnonzero(whole | ((boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)))
+    unscaled = view.scale == 1.0
+    kept = np.flatnonzero(unscaled | ((boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)))
     row = {
         "image": image,
         "image_size": np.array([height, width], np.int32),

@@ -187,6 +187,8 @@ def _backward(
     """With c = x - mu, s = sigmoid(c^2 inv + 1/2) and h = dy x s (1 - s) c over a map of n positions:
 
     dx = dy s + 2 inv (h - mean(h)) - c 8 inv^2 sum(h c) / (n - 1)
+
+    In training, networks take it through `ops.simam_batch_norm`, which uses the same terms.
     """
     # Barrier: stops XLA from keeping forward intermediates alive for reuse here.
     x, stats = lax.optimization_barrier(residuals)

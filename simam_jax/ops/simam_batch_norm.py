@@ -34,7 +34,7 @@ _LANES = 512  # numbers in a row from which on XLA:GPU computes elements and sum
 
 
 class Settings(NamedTuple):
-    """What is no array."""
+    """The static arguments: everything but arrays."""
 
     e_lambda: float
     epsilon: float
