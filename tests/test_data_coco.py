@@ -158,6 +158,10 @@ def test_a_wrong_json_is_one_message(case, written):
         ({"size": [9, 9], "counts": [81]}, r"A mask is of \[9, 9\], and its image of \[40, 50\]"),
         ([[1.0, 2.0]], "A segmentation cannot be read"),
         ("mask.png", "A segmentation is str"),
+        ([[1e9, 2.0, 3.0, 4.0, 5.0, 6.0]], "A polygon leaves its image of 50 x 40 pixels by far"),
+        ([[float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0]], "or is not finite"),
+        ({"size": [40, 50], "counts": [100]}, "do not add up to its 2000 pixels"),
+        ({"size": [40, 50], "counts": []}, "do not add up"),
     ],
 )
 def test_a_wrong_mask_is_an_error_of_its_image(segmentation, message, written):

@@ -179,11 +179,16 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     try:
         if isinstance(segmentation, list):
+            # Coordinates far away make pycocotools write beyond its memory.
+            if not all(abs(x) <= 10 * max(height, width) for polygon in segmentation for x in polygon):
+                raise UserError(f"A polygon leaves its image of {width} x {height} pixels by far, or is not finite.")
             rle = mask.merge(mask.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation, Mapping):
             if list(segmentation["size"]) != [height, width]:
                 raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
             counts = segmentation["counts"]
+            if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != height * width):
+                raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
             plain: Any = segmentation
             rle = mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
         else:
