@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 
 from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
+from simam_jax.detection.apply import detections
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.masks import in_image
 from simam_jax.models import MODELS, Detector, Network
-from simam_jax.ops.extent import zero_beyond
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
 from simam_jax.preprocessing import STRIDE, ImageLike, Resized, is_one_image
@@ -266,10 +266,7 @@ class DetectorPredictor(Predictor):
             sizes: (N, 2) int32, height and width of each image without padding.
             scale: (N, 4) float32: see `models.detector.Detector`.
         """
-        how = self.preprocessing
-        images = zero_beyond(normalize(jnp.asarray(pixels), how.mean, how.std), sizes)
-        extent = -(-jnp.asarray(sizes) // STRIDE) * STRIDE
-        return self.model.apply(variables, images, extent, sizes, scale)
+        return detections(self.model, self.preprocessing, variables, pixels, sizes, scale)  # pyright: ignore[reportArgumentType]
 
     def _result(self, image: Resized, found: Any) -> Detections:
         count, masks = int(found.count), None

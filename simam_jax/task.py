@@ -92,6 +92,12 @@ class Task:
     pictures: Callable[[Tree], Mapping[str, np.ndarray]] | None = None
 
 
+def eval_batch_size(config: Any) -> int:
+    """Images of an evaluation batch over all devices: as the run's `config` asks for, rounded up to share them equally."""
+    wanted, devices = config.eval_batch_size or config.batch_size, jax.device_count()
+    return -(-wanted // devices) * devices
+
+
 class MeanEvaluator:
     """An `Evaluator` for measures that are numbers, (N,) by name: their means over all images."""
 

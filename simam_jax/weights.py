@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from simam_jax import checkpoints
 from simam_jax.errors import UserError, unknown
-from simam_jax.models import HEAD, MODELS, Network, create_model, variable_shapes
+from simam_jax.models import HEAD, MODELS, Network, create_model, init_variables, variable_shapes
 from simam_jax.paths import local
 from simam_jax.torch_weights.files import read_state
 from simam_jax.torch_weights.variables import check_finite, from_torch
+
+if TYPE_CHECKING:  # a bare install reads weights without it
+    from ml_collections import ConfigDict
 
 Tree = Any
 logger = logging.getLogger(__name__)
@@ -184,6 +188,16 @@ _CLASS_NAMES = {1000: ("ImageNet", "imagenet_classes.txt"), 80: ("COCO", "coco_c
 
 
 # ---- where a run starts from
+
+
+def initial_variables(model: Network, spec: Mapping[str, Any], config: "ConfigDict", key: jax.Array) -> Tree:
+    """The variables that a run begins with: freshly drawn, or with the weights of `config.init_from`."""
+    fresh = init_variables(model, key)
+    if not config.init_from:
+        return fresh
+    return start_from(
+        config.init_from, model, spec, fresh, skip_head=config.init_skip_head, match_classes=config.data.match_classes
+    )
 
 
 def start_from(

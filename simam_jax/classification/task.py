@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from simam_jax.models.costs import summarize
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
 from simam_jax.preprocessing import Preprocessing
-from simam_jax.task import AXIS, Batch, MeanEvaluator, Scores, Sums, Task, Tree
+from simam_jax.task import AXIS, Batch, MeanEvaluator, Scores, Sums, Task, Tree, eval_batch_size
 
 SHOWN_IMAGES = 4  # in a picture for TensorBoard
 
@@ -65,14 +65,14 @@ def make_task(config: ConfigDict) -> Task:
             },
         ),
         shapes=partial(variable_shapes, model),
-        init=partial(_initial_variables, model, spec, config),
+        init=partial(weights.initial_variables, model, spec, config),
         train_batches=partial(_train_batches, config, train),
         eval_batches=partial(_eval_batches, config, evaluation),
         loss=partial(loss, model, config),
         measure=partial(measure, model, config),
         evaluator=MeanEvaluator,
         describe=describe,
-        accepts=partial(_accepts, spec, config.data.match_classes),
+        accepts=lambda meta: weights.check_class_names(meta, spec, "the checkpoint", config.data.match_classes),
         costs=partial(_costs, model, config),
         pictures=_pictures(model, config, evaluation),
     )
@@ -129,20 +129,6 @@ def describe(scores: Scores) -> str:
     return f"top-1 {100 * scores['top1']:.2f} %, top-5 {100 * scores['top5']:.2f} %, loss {scores['loss']:.4f}"
 
 
-def _initial_variables(model: Any, spec: Mapping[str, Any], config: ConfigDict, key: jax.Array) -> Tree:
-    """Freshly drawn, or with the weights of `config.init_from`."""
-    fresh = models.init_variables(model, key)
-    if not config.init_from:
-        return fresh
-    return weights.start_from(
-        config.init_from, model, spec, fresh, skip_head=config.init_skip_head, match_classes=config.data.match_classes
-    )
-
-
-def _accepts(spec: Mapping[str, Any], match_classes: str, meta: Mapping[str, Any]) -> None:
-    weights.check_class_names(meta, spec, "the checkpoint", match_classes)
-
-
 def _train_batches(config: ConfigDict, records: data.Records, start_step: int) -> Iterator[Batch]:
     from simam_jax.classification.decode import train_decode  # brings TensorFlow
 
@@ -160,8 +146,7 @@ def _train_batches(config: ConfigDict, records: data.Records, start_step: int) -
 def _eval_batches(config: ConfigDict, records: data.Records) -> Iterator[Batch]:
     from simam_jax.classification.decode import eval_decode
 
-    wanted, devices = config.eval_batch_size or config.batch_size, jax.device_count()
-    size = -(-wanted // devices) * devices
+    size = eval_batch_size(config)
     return data.eval_batches(records, eval_decode(config.data), batch_size=size, prefetch=config.data.prefetch)
 
 

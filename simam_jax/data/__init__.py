@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from simam_jax.data.records import Records, open_records
+from simam_jax.errors import UserError
 
-__all__ = ["Batch", "Records", "eval_batches", "open_records", "train_batches"]
+__all__ = ["Batch", "Records", "eval_batches", "host_share", "open_records", "train_batches"]
 
 Batch = dict[str, np.ndarray]
 
@@ -82,6 +83,13 @@ def eval_batches(
 
     process = _process(process_index, process_count)
     return batches.eval_batches(records, decode, batch_size=batch_size, prefetch=prefetch, process=process)
+
+
+def host_share(batch_size: int, process_count: int) -> int:
+    """How many rows of a global batch each host has."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"A batch of {batch_size} images cannot be divided among {process_count} hosts.")
+    return batch_size // process_count
 
 
 def _process(index: int | None, count: int | None) -> tuple[int, int]:

@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from simam_jax.data import Batch, order
+from simam_jax.data import Batch, host_share, order
 from simam_jax.data.records import Records
 from simam_jax.data.tensorflow_cpu import tf
-from simam_jax.errors import UserError
+from simam_jax.data.unreadable import Unreadable
 
 Decode = Callable[[dict[str, tf.Tensor], tf.Tensor], dict[str, tf.Tensor]]  # record, key int64 () -> a row of a batch
 # What TensorFlow raises for a file that is gone, locked, cut short or no image.
@@ -36,26 +35,28 @@ def train_batches(
     process: tuple[int, int],
 ) -> Iterator[Batch]:
     """See `simam_jax.data.train_batches`."""
-    share = order.host_share(batch_size, process[1])
+    share = host_share(batch_size, process[1])
 
     def rows(step: int) -> tf.data.Dataset:
         return order.rows_of_host(order.training_order(records.num_examples, seed, step * batch_size), share, *process)
 
-    return _Stream(records, decode, rows, share, prefetch, max_unreadable).batches(start_step)
+    unreadable = Unreadable(records.name, records.num_examples, max_unreadable)
+    return _Stream(records, decode, rows, share, prefetch, unreadable).batches(start_step)
 
 
 def eval_batches(
     records: Records, decode: Decode, *, batch_size: int, prefetch: int, process: tuple[int, int]
 ) -> Iterator[Batch]:
     """See `simam_jax.data.eval_batches`."""
-    share, num_examples = order.host_share(batch_size, process[1]), records.num_examples
+    share, num_examples = host_share(batch_size, process[1]), records.num_examples
     num_rows = -(-num_examples // batch_size) * batch_size
 
     def rows(step: int) -> tf.data.Dataset:
         ordered = order.evaluation_order(num_examples, step * batch_size, num_rows)
         return order.rows_of_host(ordered, share, *process)
 
-    stream = _Stream(records, decode, rows, share, prefetch, max_unreadable=None)
+    unreadable = Unreadable(records.name, num_examples, max_unreadable=None)
+    stream = _Stream(records, decode, rows, share, prefetch, unreadable)
     own_rows = process[0] * share + np.arange(share)
     for step, batch in enumerate(stream.batches(0)):
         yield {**batch, "mask": (step * batch_size + own_rows < num_examples).astype(np.float32)}
@@ -69,7 +70,7 @@ class _Stream:
         records, decode, prefetch: as for `train_batches`.
         rows: from a step to the rows of this host from there on, each (epoch, index).
         share: rows a batch.
-        max_unreadable: fraction of the examples that may be replaced; None: every one must be readable.
+        unreadable: is told of each example that cannot be read.
     """
 
     records: Records
@@ -77,8 +78,7 @@ class _Stream:
     rows: Callable[[int], tf.data.Dataset]
     share: int
     prefetch: int
-    max_unreadable: float | None
-    _unreadable: set[int] = field(default_factory=set)
+    unreadable: Unreadable
 
     def batches(self, step: int) -> Iterator[Batch]:
         """The batches from `step` on."""
@@ -112,28 +112,13 @@ class _Stream:
 
     def _next_readable(self, epoch: int, index: int, load: Callable) -> dict[str, np.ndarray]:
         """The example, or the next that can be read: so the stream stays a function of the files and the key."""
-        while True:  # `_report` raises when too many are unreadable
+        while True:  # `report` raises when too many are unreadable
             try:
                 row = load(tf.constant(epoch, tf.int64), tf.constant(index, tf.int64))
                 return {name: x.numpy() for name, x in row.items()}
             except UNREADABLE as error:
-                if index not in self._unreadable:
-                    self._unreadable.add(index)
-                    self._report(index, reason(error))
+                self.unreadable.report(index, reason(error))
                 index = (index + 1) % self.records.num_examples
-
-    def _report(self, index: int, why: str) -> None:
-        """Warns of an unreadable example, or raises where that is too many."""
-        count, total = len(self._unreadable), self.records.num_examples
-        message = f"Cannot read {self.records.name(index)}: {why}"
-        if self.max_unreadable is None:
-            raise UserError(f"{message}\nEvaluation leaves no image out: repair or remove it.")
-        if count > self.max_unreadable * total or count == total:
-            raise UserError(
-                f"{message}\nUnreadable so far: {count} of {total} training images, more than "
-                f"config.data.max_unreadable={self.max_unreadable} allows. Repair the data, or raise the limit."
-            )
-        logging.warning("%s Another image takes its place (unreadable so far: %d).", message, count)
 
 
 def reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The order of images of several shapes: batches of one shape each, a function of seed, update, batch and shapes."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ def merged(shapes: Sequence[Shape], least: int) -> list[Shape]:
     """
     shapes = list(shapes)
     while True:
-        counts = {shape: shapes.count(shape) for shape in set(shapes)}
+        counts = Counter(shapes)
         rare = [shape for shape in sorted(counts, key=_area) if counts[shape] < least]
         if not rare or len(counts) == 1:
             return shapes

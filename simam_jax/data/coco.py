@@ -80,10 +80,10 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
     else:
         seen = Chosen(np.arange(len(index.image_ids)), index.labels >= 0, {})
     own = [np.flatnonzero(seen.annotations[a:b]) + a for a, b in zip(index.first[:-1], index.first[1:], strict=True)]
-    without = [
-        i for place in seen.images for i in own[place] if index.segmentation_ends[i] == index.segmentation_ends[i + 1]
-    ]
-    if masks and split == "train" and without:
+    without = np.flatnonzero(
+        seen.annotations & (np.diff(index.segmentation_ends) == 0) & np.isin(index.image_of(), seen.images)
+    )
+    if masks and split == "train" and len(without):
         raise UserError(
             f"{annotations}: {len(without)} annotations have no segmentation, the first is "
             f"{index.annotation_ids[without[0]]}, and a Mask R-CNN needs them: take a Faster R-CNN."

@@ -5,19 +5,17 @@ Decoding and resizing release the interpreter's lock. `batches` does the same fo
 
 import collections
 import itertools
-import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from simam_jax.data.buckets import Place
+from simam_jax.data.unreadable import Unreadable
 from simam_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
-logger = logging.getLogger(__name__)
 
 
 def batches(
@@ -47,53 +45,25 @@ def batches(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Mending:
+def mending(
+    read: Callable[[Place], Row], following: Callable[[int], int], unreadable: Unreadable
+) -> Callable[[Place], Row]:
     """A `read` that puts the next readable example of the same shape in the place of one that cannot be read.
 
-    So a stream stays a function of the files and the place. Each is named in a warning, and counted.
-    """
+    So a stream stays a function of the files and the place.
 
-    def __init__(
-        self,
-        read: Callable[[Place], Row],
-        following: Callable[[int], int],
-        name: Callable[[int], str],
-        num_examples: int,
-        max_unreadable: float,
-    ):
-        """Args:
+    Args:
         read: raises `UserError` for an example that cannot be read.
         following: the example that takes the place of another.
-        name: what a message calls an example.
-        num_examples, max_unreadable: more than this fraction of them must not be unreadable.
-        """
-        self._read, self._following, self._name = read, following, name
-        self._num_examples, self._max_unreadable = num_examples, max_unreadable
-        self._unreadable: set[int] = set()
-        self._lock = threading.Lock()
+        unreadable: is told of each, and raises when they are too many.
+    """
 
-    def __call__(self, place: Place) -> Row:
-        while True:  # `_report` raises when too many are unreadable
+    def mended(place: Place) -> Row:
+        while True:
             try:
-                return self._read(place)
+                return read(place)
             except UserError as error:
-                self._report(place.index, error)
-                place = place._replace(index=self._following(place.index))
+                unreadable.report(place.index, error)
+                place = place._replace(index=following(place.index))
 
-    def _report(self, index: int, error: UserError) -> None:
-        with self._lock:
-            if index in self._unreadable:
-                return
-            self._unreadable.add(index)
-            count, total = len(self._unreadable), self._num_examples
-            if count > self._max_unreadable * total or count == total:
-                raise UserError(
-                    f"Cannot read {self._name(index)}: {error}\nUnreadable so far: {count} of {total} training images, more "
-                    f"than config.data.max_unreadable={self._max_unreadable} allows. Repair the data, or raise the limit."
-                ) from error
-            logger.warning(
-                "Cannot read %s: %s Another image takes its place (unreadable so far: %d).",
-                self._name(index),
-                error,
-                count,
-            )
+    return mended

@@ -3,14 +3,6 @@
 import numpy as np
 
 from simam_jax.data.tensorflow_cpu import tf
-from simam_jax.errors import UserError
-
-
-def host_share(batch_size: int, process_count: int) -> int:
-    """How many rows of a global batch each host has."""
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"A batch of {batch_size} images cannot be divided among {process_count} hosts.")
-    return batch_size // process_count
 
 
 def training_order(num_examples: int, seed: int, first_row: int) -> tf.data.Dataset:

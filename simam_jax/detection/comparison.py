@@ -12,7 +12,7 @@ import numpy as np
 from simam_jax.data import coco
 from simam_jax.data.coco_index import read_index
 from simam_jax.detection.drawing import draw_objects
-from simam_jax.detection.evaluation import KINDS, Evaluated, Truth, evaluate
+from simam_jax.detection.evaluation import KINDS, Evaluated, Truth, evaluate, truth_of
 from simam_jax.detection.figures import PANEL, Panel, examples_figure
 from simam_jax.detection.mistakes import IOU, Mistakes, compare, drawn_results, drawn_truth
 from simam_jax.errors import UserError, naming_extras
@@ -53,8 +53,7 @@ def read_truth(
     for path, size in zip(paths, index.sizes.tolist(), strict=False):
         _check_size(path, size)
     masks = bool(len(index.boxes)) and bool((np.diff(index.segmentation_ends) > 0)[index.labels >= 0].all())
-    names = "image_ids", "sizes", "category_ids", "class_names"
-    truth = Truth(**{name: getattr(index, name) for name in names}, annotations=coco.annotations_of(index, masks=masks))
+    truth = truth_of(index, coco.annotations_of(index, masks=masks))
     return subset(truth, np.arange(len(index.files)) < count), paths
 
 

@@ -41,6 +41,11 @@ class Truth:
     annotations: list[dict[str, Any]]
 
 
+def truth_of(source: Any, annotations: list[dict[str, Any]]) -> Truth:
+    """The ground truth of `Examples`, or of an `Index`, with its annotations in COCO's form."""
+    return Truth(source.image_ids, source.sizes, source.category_ids, source.class_names, annotations)
+
+
 class CocoEvaluator:
     """An `Evaluator` of boxes and masks. Masks are kept as run lengths: memory stays bounded."""
 
@@ -148,14 +153,9 @@ def evaluate(truth: Truth, results: Iterable[Mapping[str, Any]], kind: str) -> E
         annotations = [{**annotation, "id": i} for i, annotation in enumerate(truth.annotations, 1)]
         right.dataset = {"images": images, "categories": categories, "annotations": annotations}
         right.createIndex()
-        results = [dict(result) for result in results]
+        other = "segmentation" if kind == "bbox" else "bbox"
+        results = [{name: x for name, x in result.items() if name != other} for result in results]
         if results:
-            if kind == "bbox":
-                for result in results:
-                    result.pop("segmentation", None)
-            else:
-                for result in results:
-                    result.pop("bbox", None)
             found = right.loadRes(results)
         else:  # which pycocotools cannot read
             found.dataset = {"images": images, "categories": categories, "annotations": []}

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from simam_jax.data import buckets, loading
+from simam_jax.data import buckets, host_share, loading
 from simam_jax.data.buckets import Place, Shape
 from simam_jax.data.objects import Examples
+from simam_jax.data.unreadable import Unreadable
 from simam_jax.detection.rows import Layout, View, eval_row, train_row
 from simam_jax.errors import UserError
 from simam_jax.preprocessing import DetectionPreprocessing
-from simam_jax.task import Batch
+from simam_jax.task import Batch, eval_batch_size
 
 Row = dict[str, np.ndarray]
 
@@ -55,11 +56,10 @@ class Training:
         """
         if not len(self._examples):
             raise UserError("There are no training images: name --config.data.train_annotations and train_images.")
-        share, first = _share(self._config.batch_size), jax.process_index()
+        share, first = host_share(self._config.batch_size, jax.process_count()), jax.process_index()
         following = _next_of_the_same(self._shapes)
-        read = loading.Mending(
-            self._row, following.__getitem__, self._examples.name, len(self._examples), self._config.data.max_unreadable
-        )
+        unreadable = Unreadable(self._examples.name, len(self._examples), self._config.data.max_unreadable)
+        read = loading.mending(self._row, following.__getitem__, unreadable)
         own = (places[first * share : (first + 1) * share] for places in self._order(start_step))
         return loading.batches(own, read, ahead=self._config.data.prefetch)
 
@@ -95,21 +95,16 @@ def eval_batches(config: ConfigDict, examples: Examples, how: DetectionPreproces
     Raises:
         UserError: also for an image that cannot be read; the message names it.
     """
-    wanted, devices = config.eval_batch_size or config.batch_size, jax.device_count()
-    size = -(-wanted // devices) * devices
-    share, first = _share(size), jax.process_index()
+    size = eval_batch_size(config)
+    share, first = host_share(size, jax.process_count()), jax.process_index()
     shapes = [_bucket(how, each) for each in examples.sizes]
     batches = list(buckets.evaluation_order(shapes, size))
 
-    def read(place: Place) -> Row:
-        try:
-            return eval_row_of(examples, how, place.index)
-        except UserError as error:
-            raise UserError(
-                f"Cannot read {examples.name(place.index)}: {error}\n"
-                "Evaluation leaves no image out: repair or remove it."
-            ) from error
-
+    read = loading.mending(
+        lambda place: eval_row_of(examples, how, place.index),
+        lambda index: index,  # none is replaced
+        Unreadable(examples.name, len(examples), max_unreadable=None),
+    )
     own = slice(first * share, (first + 1) * share)
     rows = loading.batches((places[own] for places, _ in batches), read, ahead=config.data.prefetch)
     for batch, (_, real) in zip(rows, batches, strict=True):
@@ -125,12 +120,6 @@ def eval_row_of(examples: Examples, how: DetectionPreprocessing, index: int) -> 
 def _bucket(how: DetectionPreprocessing, size: np.ndarray) -> Shape:
     height, width = size.tolist()
     return how.bucket(*how.resized(height, width))
-
-
-def _share(batch_size: int) -> int:
-    if batch_size % jax.process_count():
-        raise UserError(f"A batch of {batch_size} images cannot be divided among {jax.process_count()} hosts.")
-    return batch_size // jax.process_count()
 
 
 def _next_of_the_same(shapes: list[Shape]) -> list[int]:

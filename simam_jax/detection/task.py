@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,16 @@ from ml_collections import ConfigDict
 from simam_jax import models, weights
 from simam_jax.data import objects
 from simam_jax.detection import pipeline
+from simam_jax.detection.apply import detections, own_extent, prepared
 from simam_jax.detection.detections import Detections
-from simam_jax.detection.evaluation import CocoEvaluator, Truth, describe_scores
+from simam_jax.detection.evaluation import CocoEvaluator, describe_scores, truth_of
 from simam_jax.detection.masks import in_image
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.models import Detector, variable_shapes
 from simam_jax.models.costs import summarize
 from simam_jax.models.detector import trainable
 from simam_jax.models.detector_losses import LOSSES, Targets, losses_and_statistics
-from simam_jax.ops.extent import zero_beyond
-from simam_jax.ops.images import normalize
-from simam_jax.preprocessing import STRIDE, DetectionPreprocessing
+from simam_jax.preprocessing import DetectionPreprocessing, read_rgb
 from simam_jax.task import AXIS, Batch, Scores, Sums, Task, Tree
 
 SHOWN_IMAGES = 4  # pictures for TensorBoard
@@ -41,14 +39,14 @@ def make_task(config: ConfigDict) -> Task:
     with naming_extras():  # before an epoch is trained that cannot be scored
         import cv2  # noqa: F401
         import pycocotools  # noqa: F401
-    model = _model(config, num_classes=1)
+    model = _model(config)
     evaluation = objects.open_examples(config.data, "eval", masks=model.masks)
     if objects.is_named(config.data, "train"):
         train = objects.open_examples(config.data, "train", masks=model.masks)
         _check_classes(train, evaluation)
     else:  # enough to score a checkpoint; a run that trains says that it has no images
         train = evaluation.none()
-    model = _model(config, num_classes=len(train.class_names))
+    model = model.clone(num_classes=len(train.class_names))
     _check_batches(config)
     fields = {field.name: config.data[field.name] for field in dataclasses.fields(DetectionPreprocessing)}
     how = DetectionPreprocessing(**fields)
@@ -59,7 +57,7 @@ def make_task(config: ConfigDict) -> Task:
         "category_ids": train.category_ids.tolist(),
         "preprocessing": fields,
     }
-    truth = functools.cache(lambda: _truth(evaluation))
+    truth = functools.cache(lambda: truth_of(evaluation, evaluation.annotations()))
     data = pipeline.Training(config, train, how, masks=model.masks)
     return Task(
         spec=spec,
@@ -69,14 +67,14 @@ def make_task(config: ConfigDict) -> Task:
         best="segm_AP" if model.masks else "bbox_AP",
         example=data.example(),
         shapes=partial(variable_shapes, model),
-        init=partial(_initial_variables, model, spec, config),
+        init=partial(weights.initial_variables, model, spec, config),
         train_batches=data.batches,
         eval_batches=partial(pipeline.eval_batches, config, evaluation, how),
         loss=partial(loss, model, config),
         measure=partial(measure, model, how),
         evaluator=lambda: CocoEvaluator(truth(), masks=model.masks),
         describe=describe,
-        accepts=partial(_accepts, spec, config.data.match_classes),
+        accepts=lambda meta: weights.check_class_names(meta, spec, "the checkpoint", config.data.match_classes),
         costs=partial(_costs, model, config, how, data),
         trainable=partial(trainable, frozen_stages=config.detection.frozen_stages),
         pictures=_pictures(model, config, evaluation, how),
@@ -85,14 +83,14 @@ def make_task(config: ConfigDict) -> Task:
     )
 
 
-def _model(config: ConfigDict, num_classes: int) -> Detector:
+def _model(config: ConfigDict) -> Detector:
+    """The detector, for as many classes as it usually has."""
     if config.model.name not in models.list_models("detection"):
         raise UserError(
             f"config.model.name={config.model.name} is no detector. Known: {', '.join(models.list_models('detection'))}."
         )
     return models.create_model(
         config.model.name,
-        num_classes=num_classes,
         attention=config.model.attention,
         attention_param=config.model.attention_param,
         dtype=config.model.dtype,
@@ -110,11 +108,6 @@ def _check_classes(train: objects.Examples, evaluation: objects.Examples) -> Non
             f"{len(evaluation.class_names)}: both need the same, in the same order. "
             + (f"Only on one side: {', '.join(missing[:10])}." if missing else "They are in another order.")
         )
-
-
-def _truth(evaluation: objects.Examples) -> Truth:
-    names = "image_ids", "sizes", "category_ids", "class_names"
-    return Truth(**{name: getattr(evaluation, name) for name in names}, annotations=evaluation.annotations())
 
 
 def _check_batches(config: ConfigDict) -> None:
@@ -143,7 +136,7 @@ def loss(
     """
     how = config.detection
     size, train_norm = batch["image_size"], how.batch_norm == "trained"
-    images = zero_beyond(normalize(batch["image"], config.data.mean, config.data.std, model.dtype), size)
+    images = prepared(batch["image"], size, config.data.mean, config.data.std, model.dtype)
     extent = None if train_norm else _extent(size, how.images_per_group)
     index = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
@@ -167,18 +160,16 @@ def loss(
 
 
 def _extent(sizes: jax.Array, group: int) -> jax.Array:
-    """(N, 2): sizes rounded up to `STRIDE`, of every `group` neighbouring images the largest."""
-    own = -(-sizes // STRIDE) * STRIDE
-    return jnp.repeat(own.reshape(-1, group, 2).max(1), group, axis=0)
+    """(N, 2): of every `group` neighbouring images the largest extent."""
+    return jnp.repeat(own_extent(sizes).reshape(-1, group, 2).max(1), group, axis=0)
 
 
 def measure(model: Detector, how: DetectionPreprocessing, variables: Tree, batch: Batch) -> Tree:
     """Of every image what the network finds in it, in its own pixels, with `index` and `original_size`."""
     size = batch["image_size"]
-    images = zero_beyond(normalize(batch["image"], how.mean, how.std, model.dtype), size)
     scale = size.astype(jnp.float32) / batch["original_size"].astype(jnp.float32)
     scale = jnp.tile(scale[:, ::-1], 2)
-    found: Any = model.apply(variables, images, _extent(size, 1), size, scale)
+    found = detections(model, how, variables, batch["image"], size, scale)
     outputs = {name: x for name, x in found._asdict().items() if x is not None}
     return outputs | {"index": batch["index"], "original_size": batch["original_size"]}
 
@@ -189,20 +180,6 @@ def describe(scores: Scores) -> str:
         return describe_scores(scores)
     parts = ", ".join(f"{name.removeprefix('loss_')} {scores[name]:.3f}" for name in LOSSES if name in scores)
     return f"loss {scores['loss']:.4f} ({parts}), proposals' recall {100 * scores['recall']:.1f} %"
-
-
-def _initial_variables(model: Detector, spec: Mapping[str, Any], config: ConfigDict, key: jax.Array) -> Tree:
-    """Freshly drawn, or with the weights of `config.init_from`."""
-    fresh = models.init_variables(model, key)
-    if not config.init_from:
-        return fresh
-    return weights.start_from(
-        config.init_from, model, spec, fresh, skip_head=config.init_skip_head, match_classes=config.data.match_classes
-    )
-
-
-def _accepts(spec: Mapping[str, Any], match_classes: str, meta: Mapping[str, Any]) -> None:
-    weights.check_class_names(meta, spec, "the checkpoint", match_classes)
 
 
 def _costs(model: Detector, config: ConfigDict, how: DetectionPreprocessing, data: pipeline.Training) -> dict[str, str]:
@@ -238,8 +215,6 @@ def _pictures(model: Detector, config: ConfigDict, evaluation: objects.Examples,
 
 def _side_by_side(evaluation: objects.Examples, index: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
     """uint8 (H, 2 W, 3): the ground truth, and what the network found."""
-    from simam_jax.preprocessing import read_rgb
-
     example = evaluation.read(index)
     pixels, count = np.asarray(read_rgb(example.image)), int(found["count"])
     masks = example.masks() if example.masks and "masks" in found else None

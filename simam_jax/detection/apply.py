@@ -1,0 +1,39 @@
+"""A detector applied to uint8 images that are padded to one shape, as evaluation, prediction and training see them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from simam_jax.models import Detector
+from simam_jax.ops.extent import zero_beyond
+from simam_jax.ops.images import normalize
+from simam_jax.preprocessing import STRIDE, DetectionPreprocessing
+
+
+def detections(
+    model: Detector, how: DetectionPreprocessing, variables: Any, pixels: jax.Array, sizes: jax.Array, scale: jax.Array
+) -> Any:
+    """What `model.apply` returns for padded images.
+
+    Args:
+        model, how, variables: the detector.
+        pixels: uint8 (N, H, W, 3).
+        sizes: (N, 2) int32, height and width of each image without padding.
+        scale: (N, 4) float32: see `models.detector.Detector`.
+    """
+    images = prepared(pixels, sizes, how.mean, how.std, model.dtype)
+    return model.apply(variables, images, own_extent(sizes), sizes, scale)
+
+
+def prepared(
+    pixels: jax.Array, sizes: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike
+) -> jax.Array:
+    """The images normalised, then zero beyond their sizes."""
+    return zero_beyond(normalize(jnp.asarray(pixels), mean, std, jnp.dtype(dtype)), sizes)
+
+
+def own_extent(sizes: jax.Array) -> jax.Array:
+    """(N, 2) int32: the sizes rounded up to `STRIDE`, what each image is padded to for itself alone."""
+    return -(-jnp.asarray(sizes) // STRIDE) * STRIDE
