@@ -133,7 +133,7 @@ def _draw_detections(args: argparse.Namespace) -> int:
                     skip(result)
                 unread.add(place)
             else:
-                found[name] += [row for row in result.results(image, ids) if row["category_id"] is not None]
+                found[name] += result.results(image, ids)
     read = np.array([path not in unread for path in paths])
     truth, shown = comparison.subset(truth, read), [path for path in paths if path not in unread]
     if not shown:

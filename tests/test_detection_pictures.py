@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from simam_jax import DetectionPreprocessing, Predictor, UserError, create_model, visualize
 from simam_jax.detection import comparison, figures
+from simam_jax.detection.detections import Detections
 from simam_jax.detection.drawing import Drawn, class_colour, draw_objects, place_labels
 from simam_jax.detection.mistakes import compare
 from simam_jax.models import init_variables
@@ -231,3 +232,8 @@ def test_a_figure_of_boxes_alone(annotated):
     assert scores["bbox"]["a"].stats[0] == pytest.approx(1)
     assert scores["bbox"]["nothing"].stats[0] == 0
     assert len(figures.scores_figure(scores, truth.class_names).axes) == 2
+
+
+def test_objects_of_classes_without_a_category_are_left_out_of_the_results():
+    found = Detections(np.eye(2, 4, dtype=np.float32), np.ones(2, np.float32), np.arange(2), None, ("bus", "dog"))
+    assert [row["category_id"] for row in found.results(1, [None, 3])] == [3]

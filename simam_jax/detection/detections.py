@@ -51,18 +51,18 @@ class Detections:
                 row["area"] = int(mask.sum())
         return rows
 
-    def results(self, image: str | int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    def results(self, image: str | int, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
         """The objects in COCO's results form, with the classes' names.
 
         Args:
             image: the image's number, or its name, in the results.
-            category_ids: the numbers of the classes in the results.
+            category_ids: the numbers of the classes in the results; objects of a class with None are left out.
         """
         corners = self.boxes.astype(np.float64)
         rows = [
             {
                 "image_id": image,
-                "category_id": int(category_ids[label]),
+                "category_id": None if category_ids[label] is None else int(category_ids[label]),  # pyright: ignore[reportArgumentType]
                 "category_name": self.class_names[label],
                 "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]],
                 "score": float(score),
@@ -72,7 +72,7 @@ class Detections:
         if self.masks is not None:
             for row, rle in zip(rows, encode(self.masks), strict=True):
                 row["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-        return rows
+        return [row for row in rows if row["category_id"] is not None]
 
     def chosen(self, score: float = 0.0, classes: Sequence[str] | None = None) -> "Detections":
         """The objects whose score is at least `score`; None: of all classes.
