@@ -42,10 +42,10 @@ def main() -> None:
     version, rows = measure.torchvision().__version__, []
     for contest in args.only:
         name, what = contest.split(", ")
-        ours, theirs = NAMES[name]
+        our_name, their_name = NAMES[name]
         contestants = {
-            "ours": partial(OURS[what], ours),
-            "torchvision": partial(_theirs, theirs, what),
+            "ours": partial(_until_ready, our_name, what),
+            "torchvision": partial(theirs, their_name, what, IMAGES[what]),
         }
         with measure.in_processes(contestants) as timers:
             times = measure.in_turns(timers, args.rounds)
@@ -84,58 +84,76 @@ def _compiled(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return compiled
 
 
-def _our_inference(name: str) -> measure.Run:
-    model = create_model(name, trace_blocks_once=True)
-    args = jax.device_put((init_variables(model, jax.random.key(0)), _batch(IMAGES["inference"])[0]))
+def our_inference(name: str, count: int, dtype: str = "float32") -> Callable[[], jax.Array]:
+    """Starts looking for objects in `count` images at each call."""
+    model = create_model(name, dtype=dtype, trace_blocks_once=True)
+    args = jax.device_put((init_variables(model, jax.random.key(0)), _batch(count)[0]))
     compiled = _compiled(model.apply, *args)
-    return lambda: jax.block_until_ready(compiled(*args))
+    return lambda: compiled(*args)
 
 
-def _our_training(name: str) -> measure.Run:
-    model = create_model(name, trace_blocks_once=True)
+def our_training(name: str, count: int, dtype: str = "float32") -> Callable[[], jax.Array]:
+    """Starts an update of `count` images at each call; what it gives is the loss."""
+    model = create_model(name, dtype=dtype, trace_blocks_once=True)
     variables = init_variables(model, jax.random.key(0))
-    drawn = _batch(IMAGES["training"])
+    drawn = _batch(count)
     packed = jnp.asarray(np.packbits(drawn[3], axis=-1)) if model.masks else None
     images, boxes, labels = map(jnp.asarray, drawn[:3])
     targets = Targets(boxes, labels, jnp.full(len(images), BOXES), packed)
-    flat = flatten_dict(variables["params"])
-    frozen = {path: x for path, x in flat.items() if not trainable(path)}
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-5, momentum=0.9))
 
-    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+    def step(params: Any, state: Any, key: jax.Array, rest: Any) -> tuple[Any, Any, jax.Array]:
+        variables, images, targets = rest
+
         def loss(params: Any) -> jax.Array:
-            held = {**variables, "params": unflatten_dict(frozen | params)}
+            held = {**variables, "params": unflatten_dict(frozen_of(variables) | params)}
             return total(losses(model, held, images, targets, jax.random.split(key, len(images))))
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    params = jax.tree.map(jnp.asarray, {path: x for path, x in flat.items() if trainable(path)})
+    def frozen_of(variables: Any) -> Any:
+        return {path: x for path, x in flatten_dict(variables["params"]).items() if not trainable(path)}
+
+    trained = {path: x for path, x in flatten_dict(variables["params"]).items() if trainable(path)}
+    params: Any = jax.tree.map(jnp.array, trained)
+    # Arguments, not constants: XLA would compute the frozen stem of the images while it compiles.
+    rest = jax.device_put((variables, images, targets))
     state, key = optimizer.init(params), jax.random.key(1)
-    compiled = _compiled(step, params, state, key)
+    compiled = _compiled(step, params, state, key, rest)
     held = [params, state]
 
-    def run() -> None:
-        held[0], held[1], value = compiled(*held, key)
-        jax.block_until_ready(value)
+    def update() -> jax.Array:
+        held[0], held[1], value = compiled(*held, key, rest)
+        return value
 
-    return run
-
-
-OURS: dict[str, Callable[[str], measure.Run]] = {"inference": _our_inference, "training": _our_training}
+    return update
 
 
-def _theirs(name: str, what: str) -> measure.Run:
+OURS: dict[str, Callable[..., Callable[[], jax.Array]]] = {"inference": our_inference, "training": our_training}
+
+
+def _until_ready(name: str, what: str) -> measure.Run:
+    start = OURS[what](name, IMAGES[what])
+    return lambda: jax.block_until_ready(start())
+
+
+def theirs(name: str, what: str, count: int, device: str = "cpu") -> measure.Run:
+    """Looks at `count` images, or updates torchvision's detector with them, at each call; on GPUs with channels last."""
     import torch
 
     detection = measure.torchvision(".models.detection")
     frozen = measure.torchvision(".ops").FrozenBatchNorm2d
     torch.manual_seed(0)
-    settings = {"min_size": HEIGHT, "max_size": WIDTH, "norm_layer": frozen, "trainable_backbone_layers": 3}
+    settings = {"min_size": HEIGHT, "max_size": WIDTH, "norm_layer": frozen}
     model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES + 1, **settings)
-    images, boxes, labels, masks = _batch(IMAGES[what])
-    pixels = [torch.from_numpy(x).permute(2, 0, 1).contiguous() for x in images]
+    for stage in ("conv1", "layer1"):  # its own argument does nothing without pretrained weights
+        getattr(model.backbone.body, stage).requires_grad_(False)
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    images, boxes, labels, masks = _batch(count)
+    pixels = [torch.from_numpy(x).permute(2, 0, 1).contiguous().to(device) for x in images]
     if what == "inference":
         model.eval()
 
@@ -148,6 +166,7 @@ def _theirs(name: str, what: str) -> measure.Run:
         {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(n).long() + 1, "masks": torch.from_numpy(m).byte()}
         for b, n, m in zip(boxes, labels, masks, strict=True)
     ]
+    targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-5, 0.9, weight_decay=1e-4)
 

@@ -49,10 +49,10 @@ def train_step_on(mesh: Mesh, name: str, attention: str, count: int, dtype: str 
     return steps.make_train_step(loss, sgd, rate, mesh), model, make_state
 
 
-def compiled_train_step(name: str, attention: str, count: int, size: int):
+def compiled_train_step(name: str, attention: str, count: int, size: int, dtype: str = "float32"):
     """The same compiled for the devices of this machine, with its state and batch on them."""
     mesh = steps.make_mesh()
-    step, model, make_state = train_step_on(mesh, name, attention, count)
+    step, model, make_state = train_step_on(mesh, name, attention, count, dtype)
     train_state = jax.device_put(make_state(models.init_variables(model, jax.random.key(0))), steps.replicated(mesh))
     batch = jax.device_put(batch_of(count, size), steps.batch_sharded(mesh))
     return step.lower(train_state, batch).compile(), train_state, batch
