@@ -170,10 +170,9 @@ def _resnet50(small: bool, stack: contextlib.ExitStack) -> Iterator[tuple[str, i
     who: dict[str, dict[str, Callable[[], measure.Run]]] = {}
     for attention in ("simam", "none"):
         who[attention] = {
-            "ours": partial(_our_resnet50, attention, count, side, False),
+            "ours": partial(_our_resnet50, attention, count, side),
             "PyTorch compiled": partial(_torch_resnet50, attention, count, side),
         }
-    who["simam"]["ours, apart"] = partial(_our_resnet50, "simam", count, side, True)
     for attention, timers in _all_at_once(who, stack).items():
         yield f"ResNet-50 training, {count} images, {attention}", STEP_CALLS, timers
 
@@ -185,18 +184,14 @@ def _all_at_once(
     return {name: stack.enter_context(measure.in_processes(who)) for name, who in contests.items()}
 
 
-def _our_resnet50(attention: str, count: int, side: int, apart: bool) -> measure.Run:
+def _our_resnet50(attention: str, count: int, side: int) -> measure.Run:
     import jax
 
     from benchmarks import networks
-    from simam_jax.ops import simam_batch_norm
 
-    if apart:
-        simam_batch_norm._recompute_each_pass = simam_batch_norm._unfused
     step, state, batch = networks.compiled_train_step("resnet50", attention, count, side, dtype="bfloat16")
     plan = step.memory_analysis()
-    apart_too = ", apart" if apart else ""
-    print(f"ResNet-50 {attention}{apart_too}: temporaries {plan.temp_size_in_bytes / 1e6:.0f} MB", flush=True)
+    print(f"ResNet-50 {attention}: temporaries {plan.temp_size_in_bytes / 1e6:.0f} MB", flush=True)
     held = [state]
 
     def update() -> Any:

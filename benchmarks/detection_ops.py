@@ -65,7 +65,7 @@ def _run(f: Callable[..., Any], *args: Any) -> measure.Run:
     return lambda: jax.block_until_ready(compiled(*args))
 
 
-def _boxes(count: int, rng: np.random.Generator) -> np.ndarray:
+def drawn_boxes(count: int, rng: np.random.Generator) -> np.ndarray:
     """Boxes of 16 to 600 pixels a side anywhere in the image."""
     side, ratio = np.exp(rng.uniform(np.log(16), np.log(600), count)), np.exp(rng.normal(0, 0.25, count))
     half = np.stack([side * ratio, side / ratio], axis=1) / 2
@@ -73,7 +73,7 @@ def _boxes(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([centres - half, centres + half], axis=1).clip(0, [WIDTH, HEIGHT] * 2).astype(np.float32)
 
 
-def _around(objects: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def around(objects: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Boxes around objects, as a trained network gives them."""
     chosen = objects[rng.integers(0, len(objects), count)]
     sides = np.tile(chosen[:, 2:] - chosen[:, :2], 2)
@@ -89,7 +89,9 @@ def _rpn_nms(trained: bool) -> Pair:
     rng = np.random.default_rng(0)
     level_sizes = [min(2000, 3 * h * w) for h, w in SIZES]
     count = sum(level_sizes)
-    boxes = np.stack([_around(_boxes(30, rng), count, rng) if trained else _boxes(count, rng) for _ in range(IMAGES)])
+    boxes = np.stack(
+        [around(drawn_boxes(30, rng), count, rng) if trained else drawn_boxes(count, rng) for _ in range(IMAGES)]
+    )
     scores = rng.random((IMAGES, count), np.float32)
     levels = np.broadcast_to(np.repeat(np.arange(5), level_sizes), scores.shape)
     valid = np.ones(scores.shape, bool)
@@ -102,9 +104,9 @@ def _rpn_nms(trained: bool) -> Pair:
     return _run(jax.vmap(partial(nms, threshold=0.7, most=1000)), boxes, scores, levels, valid), theirs
 
 
-def _head_outputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def head_outputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rois around 20 objects, scores of which some classes of each exceed the threshold, and deltas."""
-    rois = _around(_boxes(20, rng), 1000, rng)
+    rois = around(drawn_boxes(20, rng), 1000, rng)
     logits = rng.normal(0, 1, (1000, CLASSES + 1)).astype(np.float32)
     likely = rng.integers(0, CLASSES, (1000, 6))
     np.put_along_axis(logits, likely, rng.normal(4, 1, likely.shape).astype(np.float32), axis=1)
@@ -117,7 +119,7 @@ def _final_nms() -> Pair:
 
     RoIHeads = measure.torchvision(".models.detection.roi_heads").RoIHeads
 
-    rois, logits, deltas = _head_outputs(np.random.default_rng(1))
+    rois, logits, deltas = head_outputs(np.random.default_rng(1))
     scale = jnp.ones(4)
     heads: Any = RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
     background_first = torch.from_numpy(np.roll(logits, 1, axis=1))
@@ -169,7 +171,7 @@ def _assignment(count: int) -> Pair:
 
     rng = np.random.default_rng(3)
     grid = jnp.concatenate(anchors.all_anchors(SIZES))
-    targets = np.stack([_boxes(count, rng) for _ in range(IMAGES)])
+    targets = np.stack([drawn_boxes(count, rng) for _ in range(IMAGES)])
     valid = jnp.ones(grid.shape[0], bool)
 
     def ours(grid: jax.Array, valid: jax.Array, targets: jax.Array) -> Any:
@@ -192,7 +194,7 @@ def _roi_align(size: int, gradient: bool) -> Pair:
 
     rng = np.random.default_rng(4)
     maps = [rng.standard_normal((1, *shape, CHANNELS), np.float32) for shape in SIZES[:4]]
-    rois = _boxes(1024, rng)
+    rois = drawn_boxes(1024, rng)
     levels = np.asarray(level_of(jnp.asarray(rois)))
     dy = rng.standard_normal((1, len(rois), size, size, CHANNELS), np.float32)
 
@@ -228,14 +230,14 @@ def _mask_targets(as_reference: bool) -> Pair:
     project_masks_on_boxes = measure.torchvision(".models.detection.roi_heads").project_masks_on_boxes
 
     rng = np.random.default_rng(5)
-    objects = _boxes(7, rng)
+    objects = drawn_boxes(7, rng)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     middle, half = (objects[:, :2] + objects[:, 2:]) / 2, (objects[:, 2:] - objects[:, :2]) / 2
     bitmaps = np.stack(
         [((x - c[0]) / h[0]) ** 2 + ((y - c[1]) / h[1]) ** 2 <= 1 for c, h in zip(middle, half, strict=True)]
     )
     indices = rng.integers(0, len(objects), 128)
-    rois = np.concatenate([_around(objects[[i]], 1, rng) for i in indices])
+    rois = np.concatenate([around(objects[[i]], 1, rng) for i in indices])
     ours = _run(masks.mask_targets, np.packbits(bitmaps, axis=-1), _size(), rois, indices, 128)
     bitmaps, of_rois, chosen = (torch.from_numpy(x) for x in (bitmaps.astype(np.uint8), rois, indices))
     numbered = torch.cat([torch.arange(128.0)[:, None], of_rois], dim=1)
@@ -255,7 +257,7 @@ def _paste() -> Pair:
     rng = np.random.default_rng(6)
     probabilities = rng.random((100, masks.SIZE, masks.SIZE), np.float32)
     height, width = 480, 640  # most images of COCO
-    boxes = _boxes(100, rng) * np.float32(min(height / HEIGHT, width / WIDTH))
+    boxes = drawn_boxes(100, rng) * np.float32(min(height / HEIGHT, width / WIDTH))
     theirs = torch.from_numpy(probabilities)[:, None], torch.from_numpy(boxes)
 
     def pasted() -> Any:

@@ -152,10 +152,10 @@ def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    names = list(rows[0])
+    """The rows in Markdown, with the columns of all of them; what a row has not stays empty."""
+    names = list({name: None for row in rows for name in row})
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in names) + " |" for row in rows]
     return "\n".join(lines)
 
 

@@ -19,13 +19,24 @@ TITLES = {
     "detection_ops": ("Detection's operations over torchvision's", "python -m benchmarks.detection_ops"),
     "detectors": ("Detectors over torchvision's", "python -m benchmarks.detectors"),
     "detection_pipeline": ("Detection's input, per CPU-second", "python -m benchmarks.detection_pipeline"),
+    "accelerator_simam": ("SimAM alone in bfloat16, over PyTorch's", "python -m benchmarks.accelerator --only simam"),
+    "accelerator_resnet50": ("ResNet-50's training in bfloat16", "python -m benchmarks.accelerator --only resnet50"),
+    "accelerator_detectors": ("Detectors in bfloat16", "python -m benchmarks.accelerator --only detectors"),
     "startup": ("From the command to the first update", "python -m benchmarks.startup"),
 }
 
 
 PAGES = {
     "README.md": ("train_step", "inference", "predictor", "memory", "startup", "detectors", "detection_pipeline"),
-    "simam_jax/ops/README.md": ("lowerings_operations", "lowerings_networks", "simam_op", "traffic", "detection_ops"),
+    "simam_jax/ops/README.md": (
+        "lowerings_operations",
+        "lowerings_networks",
+        "simam_op",
+        "accelerator_simam",
+        "accelerator_resnet50",
+        "traffic",
+        "detection_ops",
+    ),
 }
 BEGIN, END = "<!-- python -m benchmarks.report -->\n", "<!-- end of the report -->\n"
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from simam_jax.ops.nms import nms
+from simam_jax.ops.nms import FORM, Form, nms
 
 GOLDEN = Path(__file__).parent / "golden" / "detection"
 
@@ -18,10 +18,10 @@ def unit():
         return dict(arrays)
 
 
-def kept(boxes, scores, groups=None, valid=None, *, threshold=0.5, most=1000) -> np.ndarray:
+def kept(boxes, scores, groups=None, valid=None, *, threshold=0.5, most=1000, form=FORM) -> np.ndarray:
     groups = np.zeros(len(boxes), np.int32) if groups is None else groups
     valid = np.ones(len(boxes), bool) if valid is None else valid
-    indices, count = nms(boxes, scores, groups, valid, threshold=threshold, most=most)
+    indices, count = nms(boxes, scores, groups, valid, threshold=threshold, most=most, form=form)
     assert not np.asarray(indices)[int(count) :].any()
     return np.asarray(indices)[: int(count)]
 
@@ -65,12 +65,22 @@ def test_suppression_equals_the_reference_implementation(unit, name, threshold):
     )
 
 
-@pytest.mark.parametrize(("count", "threshold"), [(1, 0.5), (255, 0.3), (256, 0.5), (257, 0.7), (1500, 0.6)])
-def test_any_number_of_boxes_is_cut_as_the_greedy_loop_cuts_it(count, threshold):
+@pytest.mark.parametrize(
+    ("count", "threshold", "form"),
+    [
+        (1, 0.5, FORM),
+        (255, 0.3, FORM),
+        (256, 0.5, FORM),
+        (257, 0.7, FORM),
+        (1500, 0.6, FORM),
+        (1500, 0.6, Form(1024, 512)),
+    ],
+)
+def test_any_number_of_boxes_is_cut_as_the_greedy_loop_cuts_it(count, threshold, form):
     boxes, scores, groups = crowd(count, seed=count)
 
     np.testing.assert_array_equal(
-        kept(boxes, scores, groups, threshold=threshold, most=2000), greedy(boxes, scores, groups, threshold)
+        kept(boxes, scores, groups, threshold=threshold, most=2000, form=form), greedy(boxes, scores, groups, threshold)
     )
 
 

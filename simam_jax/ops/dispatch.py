@@ -72,8 +72,3 @@ def varying_as(x: Any, *others: Any) -> Any:
     ]
     always = functools.reduce(jnp.logical_or, [first == first for first in firsts])
     return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), x)
-
-
-def barrier_after(x: Any, *numbers: jax.Array) -> Any:
-    """x, an array or a tuple of arrays, once the numbers are there: what was computed from x before is then recomputed, not stored."""
-    return lax.optimization_barrier((x, numbers))[0]
