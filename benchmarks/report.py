@@ -27,13 +27,22 @@ TITLES = {
 
 
 PAGES = {
-    "README.md": ("train_step", "inference", "predictor", "memory", "startup", "detectors", "detection_pipeline"),
+    "docs/speed.md": (
+        "train_step",
+        "inference",
+        "accelerator_resnet50",
+        "accelerator_detectors",
+        "predictor",
+        "memory",
+        "startup",
+        "detectors",
+        "detection_pipeline",
+    ),
     "simam_jax/ops/README.md": (
         "lowerings_operations",
         "lowerings_networks",
         "simam_op",
         "accelerator_simam",
-        "accelerator_resnet50",
         "traffic",
         "detection_ops",
     ),
