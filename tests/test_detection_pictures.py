@@ -69,7 +69,7 @@ def test_a_box_is_seen_on_any_background(colour, ground):
 )
 def test_pictures_are_as_large_as_the_image_or_can_be_read(size, shown):
     pixels = np.zeros((*size[::-1], 3), np.uint8)
-    objects = [Drawn((1, 1, 10, 10), "dog", (255, 0, 0), np.ones(size[::-1], bool))]
+    objects = [Drawn((1, 1, 10, 10), "dog", (255, 0, 0), lambda: np.ones(size[::-1], bool))]
     assert draw_objects(pixels, objects).size == shown
     np.testing.assert_array_equal(draw_objects(np.zeros((480, 500, 3), np.uint8), []), 0)
     assert draw_objects(pixels, objects, 100).size == tuple(max(round(100 * s / max(size)), 1) for s in size)
@@ -88,7 +88,8 @@ def test_the_first_object_is_on_top_and_others_do_not_shine_through():
     masks = np.zeros((2, 500, 500), bool)
     masks[0, 100:300, 100:300] = masks[1, 100:400, 100:400] = True
     objects = [
-        Drawn((0, 0, 1, 1), "", colour, mask) for colour, mask in zip(((255, 0, 0), (0, 0, 255)), masks, strict=True)
+        Drawn((0, 0, 1, 1), "", (255, 0, 0), lambda: masks[0]),
+        Drawn((0, 0, 1, 1), "", (0, 0, 255), lambda: masks[1]),
     ]
     picture = np.asarray(draw_objects(np.zeros((500, 500, 3), np.uint8), objects))
     assert picture[200, 200].tolist() == [115, 0, 0]
