@@ -198,7 +198,7 @@ def test_the_figure_has_the_scores_of_the_evaluation(draw, annotated):
 def test_an_unreadable_image_is_left_out(draw, annotated, capsys):
     (annotated / "images" / "flower.png").write_text("no image")
     assert draw("--checkpoint", "runs/a") == 1
-    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    assert "1 of 2 files could not be read" in capsys.readouterr().err
     assert any(text.startswith("a: AP 100.0") for text in texts_in(annotated / "out_scores.svg"))
 
 

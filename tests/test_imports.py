@@ -12,7 +12,7 @@ LAYERS = (
     ("errors", "initializers"),
     ("progress", "task", "paths"),
     ("ops",),
-    ("layers", "preprocessing", "stored_arrays", "fingerprints"),
+    ("layers", "preprocessing", "stored_arrays", "fingerprints", "video"),
     ("attention", "rcnn"),
     ("models", "checkpoints"),
     ("torch_weights",),

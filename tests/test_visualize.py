@@ -286,7 +286,7 @@ def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsy
     mixed = ["grad-cam", *simam, str(tmp_path / "text.jpg"), photographs[0], "--class", "2"]
     assert visualize.main([*mixed, "--output", str(tmp_path / "out.png")]) == 1
     assert (tmp_path / "out.png").exists()
-    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    assert "1 of 2 files could not be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow
