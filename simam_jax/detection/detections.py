@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,16 +110,14 @@ class Detections:
             pixels: uint8 (H, W, 3), the image itself.
             threshold: in 0..1.
         """
-        shown = self.chosen(threshold)
+        masks = self.segmentation
         drawn = [
             Drawn(
-                box,
-                f"{name} {100 * score:.0f} %",
-                class_colour(label),
-                None if shown.segmentation is None else functools.partial(operator.getitem, shown.segmentation, i),
+                self.boxes[i].tolist(),
+                f"{self.names[i]} {100 * self.scores[i]:.0f} %",
+                class_colour(self.labels[i]),
+                None if masks is None else functools.partial(masks.__getitem__, i),
             )
-            for i, (box, name, score, label) in enumerate(
-                zip(shown.boxes.tolist(), shown.names, shown.scores.tolist(), shown.labels.tolist(), strict=True)
-            )
+            for i in np.flatnonzero(self.scores >= threshold)
         ]
         return draw_objects(pixels, drawn)
