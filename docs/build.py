@@ -12,7 +12,7 @@ MODULES = (  # what users import; everything else may change
     "simam_jax.preprocessing",
     "simam_jax.classification.predictions",
     "simam_jax.classification.explain",
-    "simam_jax.classification.curves",
+    "simam_jax.curves",
     "simam_jax.classification.figures",
     "simam_jax.task",
 )

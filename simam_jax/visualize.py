@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from simam_jax import errors
-from simam_jax.classification import curves, explain, figures
+from simam_jax import curves, errors
+from simam_jax.classification import explain, figures
 from simam_jax.command_line import (
     add_checkpoint_arguments,
     exit_code,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     cam.add_argument("--layer", help="the stage, such as layer3; default: the last")
     for command in (attention, cam):
         command.add_argument("images", nargs="+", help="image files and folders of them")
-    runs = commands.add_parser("curves", help="top-1 error over epochs of one or more runs")
+    runs = commands.add_parser("curves", help="top-1 error, or a detector's AP, over epochs of one or more runs")
     runs.set_defaults(draw=_draw_curves)
     runs.add_argument("workdirs", nargs="+", help="what train.py wrote into")
     objects = commands.add_parser("detections", help="what detectors find beside the ground truth, the worst first")
