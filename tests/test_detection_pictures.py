@@ -11,11 +11,13 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_images
 
 from simam_jax import DetectionPreprocessing, Predictor, UserError, create_model, visualize
+from simam_jax.classification import explain
 from simam_jax.detection import comparison, figures
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.drawing import Drawn, class_colour, draw_objects, place_labels
 from simam_jax.detection.mistakes import compare
 from simam_jax.models import init_variables
+from simam_jax.ops.images import normalize
 
 PHOTOGRAPHS = dict(zip(("temple", "flower"), load_sample_images().images, strict=True))
 
@@ -217,6 +219,34 @@ def test_what_cannot_be_compared_is_an_error(draw, annotated):
     (annotated / "images" / "temple.png").unlink()
     with pytest.raises(UserError, match=r"1 of 2 images of .* are not in .*, the first is temple\.png"):
         draw("--checkpoint", "a")
+
+
+def test_simam_s_weights_in_a_detector_s_backbone(predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "load_predictor", lambda _: predictor)
+    how = predictor.preprocessing
+    Image.fromarray(PHOTOGRAPHS["temple"][:300, :300]).save(tmp_path / "square.png")
+    square = how(tmp_path / "square.png")
+    maps = visualize._weights_in_detector(predictor, square, "layer2_0")
+    assert {name: w.shape for name, w in maps.items()} == {
+        "layer1_0": (16, 16, 1), "layer2_0": (8, 8, 64), "layer3_0": (4, 4, 1), "layer4_0": (2, 2, 1)
+    }  # fmt: skip
+    own = normalize(square.pixels[None], how.mean, how.std)  # not padded to 64 x 96
+    weights = explain.attention_weights(predictor.model, predictor.variables, own, method="pyramid")
+    np.testing.assert_allclose(maps["layer2_0"], weights["backbone/layer2_0"][0], atol=1e-5)
+    np.testing.assert_allclose(maps["layer4_0"], weights["backbone/layer4_0"][0].mean(-1, keepdims=True), atol=1e-5)
+
+    command = [
+        "attention",
+        "--checkpoint",
+        "a detector",
+        str(tmp_path / "square.png"),
+        "--output",
+        str(tmp_path / "out.svg"),
+    ]
+    assert visualize.main(command) == 0
+    assert {"square.png", "layer1_0", "layer4_0"} <= set(texts_in(tmp_path / "out.svg"))
+    assert visualize.main([*command, "--layer", "layer3_0", "--channels", "2"]) == 0
+    assert "SimAM's weights in layer3_0" in texts_in(tmp_path / "out.svg")
 
 
 def test_a_classifier_finds_no_objects(annotated, workdir):

@@ -56,8 +56,8 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> "Image.Image":
 
 
 def attention_figure(
-    pixels: np.ndarray,
-    weights: Mapping[str, jax.Array],
+    pixels: Sequence[np.ndarray] | np.ndarray,
+    weights: Mapping[str, Sequence[np.ndarray] | np.ndarray | jax.Array],
     layer: str | None = None,
     channels: int = 6,
     names: Sequence[str] = (),
@@ -65,8 +65,8 @@ def attention_figure(
     """The figure of SimAM's weights over images: the mean over the channels of every layer, or one layer's channels.
 
     Args:
-        pixels: uint8 (N, S, S, 3), what the network saw.
-        weights: of `attention_weights`, of the same images.
+        pixels: N images uint8 (H, W, 3), what the network saw.
+        weights: of `attention_weights`, of the same images; N maps (h, w, C) of each layer.
         layer: the layer that is shown channel by channel; None: all layers.
         channels: how many channels of `layer` are shown: those whose weights vary most over the image.
         names: of the images.
@@ -150,10 +150,15 @@ def curves_figure(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
     for i, (name, curves) in enumerate(runs.items()):
         ends = []
         for part in drawn:
-            curve = curves.get(part, ())
-            if len(curve):
+            if part in curves and len(curve := curves[part]):
                 few = len(curve) <= 20
-                axes.plot(*curve.T, styles[part][0], color=f"C{i}", marker="o" if few else "", markersize=3)
+                style: dict[str, Any] = {
+                    "color": f"C{i}",
+                    "marker": "o" if few else "",
+                    "markersize": 3,
+                    "clip_on": False,
+                }
+                axes.plot(*curve.T, styles[part][0], **style)
                 ends += [f"{curve[-1, 1]:.2f} %"] if part != "train" else []
         last = f" (ends at {', '.join(ends)})" if ends else ""
         handles.append(Line2D([], [], color=f"C{i}", linewidth=3, label=name + last))
@@ -203,7 +208,7 @@ def check_ending(path: str | Path) -> Path:
     return path
 
 
-def _float(x: jax.Array) -> np.ndarray:
+def _float(x: np.ndarray | jax.Array) -> np.ndarray:
     return np.asarray(x, np.float32)
 
 
@@ -233,7 +238,8 @@ def _grid(title: str, rows: Sequence[Sequence[tuple[str, Any]]], scale: str, sid
         for j, (text, image) in enumerate(row):
             left = gap + j % columns * (side + gap)
             bottom = height - head - (i * lines + j // columns + 1) * (side + text_height)
-            figure.add_axes((left / width, bottom / height, side / width, side / height), frameon=False).imshow(image)
+            place = left / width, bottom / height, side / width, side / height
+            figure.add_axes(place, frameon=False, anchor="N").imshow(image)
             label = _shortened(text, int(16 * side))
             x, y = (left + side / 2) / width, (bottom + side + 0.04) / height
             figure.text(x, y, label, ha="center", va="bottom", fontsize=7, parse_math=False)
