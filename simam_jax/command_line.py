@@ -4,9 +4,10 @@ import argparse
 import collections
 import glob
 import itertools
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,12 +114,13 @@ def read_class_names(path: str, count: int | None = None) -> list[str]:
     return names
 
 
-def find_images(paths: list[str], *, output: Path | None = None) -> list[Path]:
-    """The files named, and of folders every file below whose ending is an image's, sorted.
+def find_images(paths: list[str], *, output: Path | None = None, endings: Sequence[str] = ENDINGS) -> list[Path]:
+    """The files named, and of folders every file below whose ending is an image's, 2.jpg before 10.jpg.
 
     Args:
         paths: files, folders, and patterns such as `photos/*.jpg` or `photos/**/*.png`.
         output: a folder for pictures; where it lies within a folder that is named, its files are no images to look at.
+        endings: of what is looked for in folders.
 
     Raises:
         UserError: a path is not there, or a folder has no images.
@@ -132,10 +134,10 @@ def find_images(paths: list[str], *, output: Path | None = None) -> list[Path]:
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
         if output and path.resolve() in output.resolve().parents:
             files = [file for file in files if output.resolve() not in file.resolve().parents]
-        inside = sorted(file for file in files if file.suffix.lower() in ENDINGS)
+        inside = sorted((file for file in files if file.suffix.lower() in endings), key=_natural)
         left_out.update(file.suffix or "without an ending" for file in set(files) - set(inside))
         if not inside:
-            raise errors.UserError(f"There are no images in the folder {path} (looked for {', '.join(ENDINGS)}).")
+            raise errors.UserError(f"There are no images in the folder {path} (looked for {', '.join(endings)}).")
         found += inside
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
@@ -148,9 +150,14 @@ def _expanded(named: str) -> list[Path]:
     path = local(named)
     if path.exists():
         return [path]
-    if matches := sorted(glob.glob(str(path), recursive=True)):
-        return [Path(match) for match in matches]
+    if matches := glob.glob(str(path), recursive=True):
+        return sorted(map(Path, matches), key=_natural)
     raise errors.UserError(f"There is no file or folder {path}.")
+
+
+def _natural(path: Path) -> list[list[str | int]]:
+    """A key that sorts frame2 before frame10, folder by folder."""
+    return [[int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", part)] for part in path.parts]
 
 
 def _is_hidden(path: Path) -> bool:
@@ -161,20 +168,20 @@ def _is_hidden(path: Path) -> bool:
 def with_progress(results: Iterator, total: int) -> Iterator:
     """The same results, with a line that counts them on a terminal, unless the results themselves are printed there.
 
-    A last line says how long it took, with what had to be compiled first.
+    A last line says how many there were and how long it took, with what had to be compiled first. `total` may be a guess.
     """
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
-    start = time.monotonic()
+    start, done = time.monotonic(), 0
     for done, result in enumerate(results, 1):
         if shown:
-            passed = max(time.monotonic() - start, 1e-9)
+            passed, total = max(time.monotonic() - start, 1e-9), max(total, done)
             line = f"{done}/{total}  {done / passed:.1f} images/s  ETA {duration(passed / done * (total - done))}"
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         yield result
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr)
     passed = max(time.monotonic() - start, 1e-9)
-    print(f"{total} images in {duration(passed)}, {total / passed:.1f} images/s", file=sys.stderr)
+    print(f"{done} images in {duration(passed)}, {done / passed:.1f} images/s", file=sys.stderr)
 
 
 def skip(error: errors.UserError) -> None:
@@ -183,7 +190,7 @@ def skip(error: errors.UserError) -> None:
 
 
 def exit_code(skipped: int, total: int) -> int:
-    """1, after a line that counts them, if images were skipped; else 0."""
+    """1, after a line that counts them, if files were skipped; else 0."""
     if skipped:
-        print(f"{skipped} of {total} images could not be read.", file=sys.stderr)
+        print(f"{skipped} of {total} files could not be read.", file=sys.stderr)
     return 1 if skipped else 0

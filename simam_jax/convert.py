@@ -9,7 +9,7 @@ from simam_jax.models import MODELS
 from simam_jax.paths import local
 from simam_jax.torch_weights.files import write_state
 from simam_jax.torch_weights.names import to_torch
-from simam_jax.weights import Weights, load_torch, load_weights, preprocessing_of
+from simam_jax.weights import ABOUT_WEIGHTS, Weights, load_torch, load_weights, preprocessing_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def _with_a_new_head(args: argparse.Namespace) -> Weights:
 
 def _workdir_to_torch(args: argparse.Namespace) -> None:
     found = load_weights(args.source, ema=args.ema)
-    about = {name: found.spec[name] for name in ("model", "preprocessing", "class_names") if name in found.spec}
+    about = {name: found.spec[name] for name in ABOUT_WEIGHTS if name in found.spec}
     prefix = "module." if args.module_prefix else ""
     state = to_torch(found.variables, found.model.architecture, attention=found.model.attention, prefix=prefix)
     write_state(state, args.dest, about)

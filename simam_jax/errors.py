@@ -74,13 +74,27 @@ def as_message() -> Iterator[None]:
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """Ends the process with 141 (128 + SIGPIPE), as the shell's own commands, where what reads the output inside the block is gone."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # the interpreter would do so at its end, and complain
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+        sys.exit(141)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: 0 or what it returns; 2 with the bare message for a `UserError`.
 
-    TensorFlow's errors are shown, its notices at the start are not: TF_CPP_MIN_LOG_LEVEL=0 shows them.
+    Where the program behind a pipe is gone (`| head -1`) it ends without a word. TensorFlow's errors are shown, its notices at the start are not: TF_CPP_MIN_LOG_LEVEL=0 shows them.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # reading images does not use it, and it announces itself
-    with as_message():
+    with _until_nobody_reads(), as_message():
         sys.exit(main() or 0)

@@ -19,7 +19,7 @@ from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
 from simam_jax.detection.apply import detections
 from simam_jax.detection.detections import Detections
-from simam_jax.detection.masks import in_image
+from simam_jax.detection.masks import Masks
 from simam_jax.models import MODELS, Detector, Network
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
@@ -269,10 +269,9 @@ class DetectorPredictor(Predictor):
         return detections(self.model, self.preprocessing, variables, pixels, sizes, scale)  # pyright: ignore[reportArgumentType]
 
     def _result(self, image: Resized, found: Any) -> Detections:
-        count, masks = int(found.count), None
+        count = int(found.count)
         boxes, scores, labels = (np.asarray(x)[:count] for x in (found.boxes, found.scores, found.labels))
-        if found.masks is not None:
-            masks = in_image(found.masks, found.boxes, count, image.size)
+        masks = None if found.masks is None else Masks(np.asarray(found.masks)[:count], boxes, image.size)
         return Detections(boxes, scores, labels, masks, self.class_names)
 
 

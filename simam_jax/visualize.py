@@ -8,25 +8,30 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from simam_jax import errors
-from simam_jax.classification import curves, explain, figures
+from simam_jax import curves, errors
+from simam_jax.classification import explain, figures
 from simam_jax.command_line import (
     add_checkpoint_arguments,
     exit_code,
     find_images,
     load_classifier,
     load_detector,
+    load_predictor,
     skip,
     with_progress,
 )
+from simam_jax.detection.apply import padded
+from simam_jax.models import MODELS
 from simam_jax.paths import local
+from simam_jax.preprocessing import Resized
 from simam_jax.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simam_jax.inference import ClassifierPredictor
+    from simam_jax.inference import ClassifierPredictor, DetectorPredictor, Predictor
 
+Maps = dict[str, np.ndarray]  # SimAM's weights in an image, (h, w, C), by the layer's name
 MAX_IMAGES = 16  # in one picture; matplotlib ends at 65,536 pixels, the deepest networks have 81 layers
 
 
@@ -35,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m simam_jax.visualize", description="Pictures of where a network looks, and of how it learned."
     )
     commands = parser.add_subparsers(required=True, metavar="attention | grad-cam | curves | detections")
-    attention = commands.add_parser("attention", help="SimAM's weights over images")
+    attention = commands.add_parser("attention", help="SimAM's weights over images, a detector's backbone's too")
     attention.set_defaults(draw=_draw_attention)
     add_checkpoint_arguments(attention)
     attention.add_argument(
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     cam.add_argument("--layer", help="the stage, such as layer3; default: the last")
     for command in (attention, cam):
         command.add_argument("images", nargs="+", help="image files and folders of them")
-    runs = commands.add_parser("curves", help="top-1 error over epochs of one or more runs")
+    runs = commands.add_parser("curves", help="top-1 error, or a detector's AP, over epochs of one or more runs")
     runs.set_defaults(draw=_draw_curves)
     runs.add_argument("workdirs", nargs="+", help="what train.py wrote into")
     objects = commands.add_parser("detections", help="what detectors find beside the ground truth, the worst first")
@@ -72,12 +77,33 @@ def main(argv: list[str] | None = None) -> int:
 
 def _draw_attention(args: argparse.Namespace) -> int:
     paths = _find_images(args.images)
-    predictor = load_classifier(args)
-    read, pixels = _read(predictor, paths)
-    images = predictor.normalized(pixels)
-    weights = _one_by_one(lambda image: explain.attention_weights(predictor.model, predictor.variables, image), images)
+    predictor: Any = load_predictor(args)
+    detects = MODELS[predictor.model.architecture].task == "detection"
+    read, images = _read(predictor, paths)
+    look = _weights_in_detector if detects else _weights_in_classifier
+    maps = _one_by_one(lambda image: look(predictor, image, args.layer), images)
+    weights = {name: [of_image[name] for of_image in maps] for name in maps[0]}
+    pixels = [image.pixels for image in images] if detects else images
     figure = figures.attention_figure(pixels, weights, args.layer, args.channels, [path.name for path in read])
     return _finish(figure, args.output, paths, read)
+
+
+def _weights_in_classifier(predictor: "ClassifierPredictor", image: np.ndarray, _layer: str | None) -> Maps:
+    weights = explain.attention_weights(predictor.model, predictor.variables, predictor.normalized(image[None]))
+    return {name: np.asarray(w)[0] for name, w in weights.items()}
+
+
+def _weights_in_detector(predictor: "DetectorPredictor", image: Resized, layer: str | None) -> Maps:
+    """The weights within the image. Of large images all channels take gigabytes: where no layer's are asked for, their mean."""
+    images, extent = padded(predictor.preprocessing, image, predictor.model.dtype)
+    weights = explain.attention_weights(predictor.model, predictor.variables, images, extent, method="pyramid")
+    maps = {}
+    for full_name, w in weights.items():
+        name, stride = full_name.removeprefix("backbone/"), images.shape[1] // w.shape[1]
+        height, width = (-(-side // stride) for side in image.pixels.shape[:2])
+        inside = np.asarray(w[0, :height, :width], np.float32)
+        maps[name] = inside if name == layer else inside.mean(-1, keepdims=True)
+    return maps
 
 
 def _draw_grad_cam(args: argparse.Namespace) -> int:
@@ -90,6 +116,7 @@ def _draw_grad_cam(args: argparse.Namespace) -> int:
         networks[title if title not in networks else f"{title}, baseline"] = second
     index = None if args.class_name is None else _class_index(first, args.class_name)
     read, pixels = _read(first, paths)
+    pixels = np.stack(pixels)
     shares = {title: np.asarray(predictor.probabilities(pixels)) for title, predictor in networks.items()}
     likeliest = shares[figures.TITLES[first.model.attention]].argmax(1)
     classes = likeliest if index is None else np.full_like(likeliest, index)
@@ -99,7 +126,9 @@ def _draw_grad_cam(args: argparse.Namespace) -> int:
         def look(image: jax.Array, index: np.ndarray, predictor: "ClassifierPredictor" = predictor) -> jax.Array:
             return explain.grad_cam(predictor.model, predictor.variables, image, index, args.layer)
 
-        heats[title] = _one_by_one(look, predictor.normalized(pixels), classes)
+        heats[title] = np.concatenate(
+            _one_by_one(lambda *each: look(*(x[None] for x in each)), predictor.normalized(pixels), classes)
+        )
         captions[title] = [
             f"{predictor.class_names[c]}: {100 * row[c]:.1f} %" for c, row in zip(classes, shares[title], strict=True)
         ]
@@ -183,8 +212,8 @@ def _find_images(named: list[str]) -> list[Path]:
     return paths
 
 
-def _read(predictor: "ClassifierPredictor", paths: list[Path]) -> tuple[list[Path], np.ndarray]:
-    """The paths that can be read and their pixels, uint8 (N, S, S, 3); the others are named on standard error."""
+def _read(predictor: "Predictor", paths: list[Path]) -> tuple[list[Path], list[Any]]:
+    """The paths that can be read and what the preprocessing makes of them; the others are named on standard error."""
     read, pixels = [], []
     for path in paths:
         try:
@@ -194,17 +223,17 @@ def _read(predictor: "ClassifierPredictor", paths: list[Path]) -> tuple[list[Pat
             skip(error)
     if not read:
         raise errors.UserError("None of the images could be read: there is nothing to show.")
-    return read, np.stack(pixels)
+    return read, pixels
 
 
-def _one_by_one(look: Callable[..., Any], *columns: Any) -> Any:
-    """`look(*columns)`, computed image by image to say on a terminal how far it is."""
+def _one_by_one(look: Callable[..., Any], *columns: Any) -> list[Any]:
+    """`look` at each row of the columns, image by image to say on a terminal how far it is."""
     progress, count = Progress(None), len(columns[0])
     results = []
-    for i in range(count):
+    for i, row in enumerate(zip(*columns, strict=True)):
         progress.show(f"image {i + 1}/{count}")
-        results.append(jax.device_get(look(*(column[i : i + 1] for column in columns))))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+        results.append(jax.device_get(look(*row)))
+    return results
 
 
 def _finish(figure: "Figure", output: str, paths: list[Path], read: list[Path]) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # a bare install reads weights without it
 
 Tree = Any
 logger = logging.getLogger(__name__)
+ABOUT_WEIGHTS = ("model", "preprocessing", "class_names", "category_ids")  # what a file of ours says beside the weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Weights:
 
     Attributes:
         model, variables: for `model.apply(variables, images)`.
-        spec: JSON as in checkpoints: `model`, and `preprocessing` and `class_names` where they are known.
+        spec: JSON as in checkpoints: `model`, and the rest of `ABOUT_WEIGHTS` where it is known.
     """
 
     model: Network
@@ -127,14 +128,16 @@ def load_weights(
             raise UserError(f"The checkpoint {path} is of {found.model.architecture}, not of {name}.")
         return found
     state, about = read_state(path, key=key, ema=ema)
+    min_bbox_size = None
     if name is None:
         if "model" not in about:
             raise UserError(f"{path} does not say of which model it is: give its name, such as resnet50.")
         own = about["model"]
         name, attention, attention_param = own["name"], own["attention"], own["attention_param"]
-    settings = {"attention": attention, "attention_param": attention_param}
+        min_bbox_size = own.get("min_bbox_size")
+    settings = {"attention": attention, "attention_param": attention_param, "min_bbox_size": min_bbox_size}
     model, variables = from_torch(state, str(name), num_classes=num_classes, source=str(path), **settings)
-    spec = {"task": MODELS[str(name)].task} | {k: v for k, v in about.items() if k in ("preprocessing", "class_names")}
+    spec = {"task": MODELS[str(name)].task} | {k: v for k, v in about.items() if k in ABOUT_WEIGHTS}
     return Weights(model, variables, spec | {"model": model.spec()})
 
 

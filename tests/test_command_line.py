@@ -116,6 +116,14 @@ def test_modules_that_no_extra_brings_keep_their_own_error():
         importlib.import_module("no_such_module")
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # written at the end, or on the way
+def test_a_command_whose_reader_is_gone_ends_without_a_word(lines):
+    code = f"import time; from simam_jax.errors import run_cli; run_cli(lambda: print(*range({lines}), sep=chr(10)) or time.sleep(0.2))"
+    command = f"{sys.executable} -c '{code}' | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == ("141\n", "")
+
+
 @pytest.mark.slow
 def test_a_command_that_imports_tensorflow_prints_nothing_of_its_start():
     code = "import importlib; from simam_jax.errors import run_cli; run_cli(lambda: importlib.import_module('tensorflow') and 0)"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import golden_detectors
@@ -25,8 +26,10 @@ from simam_jax import (
 )
 from simam_jax.convert import write_state
 from simam_jax.detection.detections import Detections
+from simam_jax.detection.masks import Masks
 from simam_jax.models import init_variables
 from simam_jax.ops.bilinear import resize_bilinear
+from simam_jax.rcnn.masks import paste
 from simam_jax.torch_weights.names import to_torch
 
 TEMPLE, FLOWER = load_sample_images().images
@@ -186,6 +189,36 @@ def test_objects_are_chosen_by_score_and_class():
         found.chosen(classes=["dag"])
 
 
+def test_masks_are_pasted_one_at_a_time_as_they_are_together():
+    rng = np.random.default_rng(0)
+    probabilities = rng.random((7, 28, 28), np.float32)
+    boxes = np.sort(rng.uniform(-20, 300, (7, 2, 2)), axis=1).reshape(7, 4).astype(np.float32)
+    masks = Masks(probabilities, boxes, (300, 413))
+    together = np.unpackbits(np.asarray(paste(probabilities, boxes, size=(512, 512))), axis=-1)[:, :300, :413]
+    array = np.asarray(masks)
+    assert array.dtype == bool
+    np.testing.assert_array_equal(array, together)
+    assert array.any((1, 2)).all()
+    np.testing.assert_array_equal(masks[2], array[2])
+    np.testing.assert_array_equal(masks[np.arange(7) > 2][1:][-1], array[-1])
+    assert [len(masks), len(masks[:0]), np.asarray(masks[:0]).shape] == [7, 0, (0, 300, 413)]
+
+
+def test_objects_are_told_and_drawn_without_all_their_masks_in_memory():
+    boxes = np.tile(np.array([[100, 100, 700, 500]], np.float32), (100, 1))
+    masks = Masks(np.ones((100, 28, 28), np.float32), boxes, (600, 800))
+    found = Detections(boxes, np.ones(100, np.float32), np.zeros(100, np.int32), masks, ("a",))
+    pixels = np.zeros((600, 800, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        assert len(found.rows()) == len(found.results(1, [1])) == 100
+        found.draw(pixels)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 15e6  # together they are 48 MB
+
+
 def test_results_are_in_coco_s_form():
     mask = np.zeros((1, 40, 60), bool)
     mask[0, 10:20, 10:30] = True
@@ -194,7 +227,7 @@ def test_results_are_in_coco_s_form():
     rle = row.pop("segmentation")
     np.testing.assert_array_equal(coco_mask.decode(rle), mask[0])
     assert row == {"image_id": "x.png", "category_id": 9, "category_name": "b", "bbox": [10, 10, 20, 10], "score": 0.5}
-    assert "segmentation" not in dataclasses.replace(found, masks=None).results(5, [7, 9])[0]
+    assert "segmentation" not in dataclasses.replace(found, segmentation=None).results(5, [7, 9])[0]
 
 
 @pytest.mark.parametrize(("stored", "ids"), [
@@ -273,7 +306,7 @@ def test_predict_lists_chosen_classes_in_coco_s_form(look, folder, capsys):
 def test_predict_says_that_nothing_is_found(look, folder, predictor, monkeypatch, capsys):
     (found,) = predictor(TEMPLE)
     nothing = dataclasses.replace(
-        found, **{name: getattr(found, name)[:0] for name in ("boxes", "scores", "labels", "masks")}
+        found, **{name: getattr(found, name)[:0] for name in ("boxes", "scores", "labels", "segmentation")}
     )
     monkeypatch.setattr(type(predictor), "stream", lambda _, paths: ((path, nothing) for path in paths))
     path = folder / "more" / "000000000007.gif"

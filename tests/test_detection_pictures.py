@@ -11,11 +11,13 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_images
 
 from simam_jax import DetectionPreprocessing, Predictor, UserError, create_model, visualize
+from simam_jax.classification import explain
 from simam_jax.detection import comparison, figures
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.drawing import Drawn, class_colour, draw_objects, place_labels
 from simam_jax.detection.mistakes import compare
 from simam_jax.models import init_variables
+from simam_jax.ops.images import normalize
 
 PHOTOGRAPHS = dict(zip(("temple", "flower"), load_sample_images().images, strict=True))
 
@@ -69,7 +71,7 @@ def test_a_box_is_seen_on_any_background(colour, ground):
 )
 def test_pictures_are_as_large_as_the_image_or_can_be_read(size, shown):
     pixels = np.zeros((*size[::-1], 3), np.uint8)
-    objects = [Drawn((1, 1, 10, 10), "dog", (255, 0, 0), np.ones(size[::-1], bool))]
+    objects = [Drawn((1, 1, 10, 10), "dog", (255, 0, 0), lambda: np.ones(size[::-1], bool))]
     assert draw_objects(pixels, objects).size == shown
     np.testing.assert_array_equal(draw_objects(np.zeros((480, 500, 3), np.uint8), []), 0)
     assert draw_objects(pixels, objects, 100).size == tuple(max(round(100 * s / max(size)), 1) for s in size)
@@ -88,7 +90,8 @@ def test_the_first_object_is_on_top_and_others_do_not_shine_through():
     masks = np.zeros((2, 500, 500), bool)
     masks[0, 100:300, 100:300] = masks[1, 100:400, 100:400] = True
     objects = [
-        Drawn((0, 0, 1, 1), "", colour, mask) for colour, mask in zip(((255, 0, 0), (0, 0, 255)), masks, strict=True)
+        Drawn((0, 0, 1, 1), "", (255, 0, 0), lambda: masks[0]),
+        Drawn((0, 0, 1, 1), "", (0, 0, 255), lambda: masks[1]),
     ]
     picture = np.asarray(draw_objects(np.zeros((500, 500, 3), np.uint8), objects))
     assert picture[200, 200].tolist() == [115, 0, 0]
@@ -197,7 +200,7 @@ def test_the_figure_has_the_scores_of_the_evaluation(draw, annotated):
 def test_an_unreadable_image_is_left_out(draw, annotated, capsys):
     (annotated / "images" / "flower.png").write_text("no image")
     assert draw("--checkpoint", "runs/a") == 1
-    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    assert "1 of 2 files could not be read" in capsys.readouterr().err
     assert any(text.startswith("a: AP 100.0") for text in texts_in(annotated / "out_scores.svg"))
 
 
@@ -216,6 +219,34 @@ def test_what_cannot_be_compared_is_an_error(draw, annotated):
     (annotated / "images" / "temple.png").unlink()
     with pytest.raises(UserError, match=r"1 of 2 images of .* are not in .*, the first is temple\.png"):
         draw("--checkpoint", "a")
+
+
+def test_simam_s_weights_in_a_detector_s_backbone(predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "load_predictor", lambda _: predictor)
+    how = predictor.preprocessing
+    Image.fromarray(PHOTOGRAPHS["temple"][:300, :300]).save(tmp_path / "square.png")
+    square = how(tmp_path / "square.png")
+    maps = visualize._weights_in_detector(predictor, square, "layer2_0")
+    assert {name: w.shape for name, w in maps.items()} == {
+        "layer1_0": (16, 16, 1), "layer2_0": (8, 8, 64), "layer3_0": (4, 4, 1), "layer4_0": (2, 2, 1)
+    }  # fmt: skip
+    own = normalize(square.pixels[None], how.mean, how.std)  # not padded to 64 x 96
+    weights = explain.attention_weights(predictor.model, predictor.variables, own, method="pyramid")
+    np.testing.assert_allclose(maps["layer2_0"], weights["backbone/layer2_0"][0], atol=1e-5)
+    np.testing.assert_allclose(maps["layer4_0"], weights["backbone/layer4_0"][0].mean(-1, keepdims=True), atol=1e-5)
+
+    command = [
+        "attention",
+        "--checkpoint",
+        "a detector",
+        str(tmp_path / "square.png"),
+        "--output",
+        str(tmp_path / "out.svg"),
+    ]
+    assert visualize.main(command) == 0
+    assert {"square.png", "layer1_0", "layer4_0"} <= set(texts_in(tmp_path / "out.svg"))
+    assert visualize.main([*command, "--layer", "layer3_0", "--channels", "2"]) == 0
+    assert "SimAM's weights in layer3_0" in texts_in(tmp_path / "out.svg")
 
 
 def test_a_classifier_finds_no_objects(annotated, workdir):

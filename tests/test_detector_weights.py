@@ -15,7 +15,7 @@ import simam_jax
 from simam_jax import Predictor, UserError, checkpoints, create_model
 from simam_jax.convert import main as convert
 from simam_jax.convert import write_state
-from simam_jax.models import init_variables
+from simam_jax.models import init_variables, variable_shapes
 from simam_jax.torch_weights.names import to_torch
 from simam_jax.weights import start_from
 
@@ -168,3 +168,18 @@ def test_weights_of_another_backbone_are_an_error(small, tmp_path):
     write_state(to_torch(init_variables(other, jax.random.key(1)), "resnet34"), tmp_path / "resnet34.npz")
     with pytest.raises(UserError, match="does not fit resnet18"):
         start_from(str(tmp_path / "resnet34.npz"), model, {"model": model.spec()}, fresh, skip_head=False)
+
+
+def test_a_detector_comes_back_with_its_own_numbers_of_categories(tmp_path):
+    model = create_model("faster_rcnn_tiny_fpn", num_classes=3, min_bbox_size=2)
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), variable_shapes(model))
+    how = {"min_size": 64, "max_size": 96, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.2]}
+    known = {"class_names": ["car", "bus", "tram"], "category_ids": [4, 9, 2], "preprocessing": how}
+    checkpoints.write_weights(tmp_path / "run", {"task": "detection", "model": model.spec()} | known, variables)
+    file = str(tmp_path / "weights.npz")
+    convert([str(tmp_path / "run"), file, "--to-torch"])
+    convert([file, str(tmp_path / "back")])
+    predictor = Predictor.load(tmp_path / "back")
+    assert (predictor.category_ids, predictor.class_names) == ((4, 9, 2), ("car", "bus", "tram"))
+    assert predictor.model == model
+    assert predictor.preprocessing.max_size == 96

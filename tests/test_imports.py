@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "simam_jax"
 LAYERS = (
     ("errors", "initializers"),
     ("progress", "task", "paths"),
+    ("curves",),
     ("ops",),
-    ("layers", "preprocessing", "stored_arrays", "fingerprints"),
+    ("layers", "preprocessing", "stored_arrays", "fingerprints", "video"),
     ("attention", "rcnn"),
     ("models", "checkpoints"),
     ("torch_weights",),

@@ -222,7 +222,7 @@ def test_the_command_names_and_skips_what_it_cannot_read(workdir, folder, tmp_pa
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 5
     assert "text.jpg cannot be read as an image" in output.err
-    assert "1 of 6 images could not be read" in output.err
+    assert "1 of 6 files could not be read" in output.err
     (tmp_path / "empty").mkdir()
     with pytest.raises(simam_jax.UserError, match="no images in the folder"):
         predict.main(["--checkpoint", str(workdir), str(tmp_path / "empty")])

@@ -12,8 +12,8 @@ from flax import linen as nn
 from PIL import Image
 
 import simam_jax
-from simam_jax import checkpoints, models, visualize
-from simam_jax.classification import curves, explain, figures
+from simam_jax import checkpoints, curves, models, visualize
+from simam_jax.classification import explain, figures
 from simam_jax.inference import Predictor
 from simam_jax.models import init_variables
 from simam_jax.models.blocks import BasicBlock
@@ -256,6 +256,26 @@ def test_curves_of_two_runs(tmp_path):
         assert picture.size == (1024, 672)
 
 
+def test_curves_of_detectors(tmp_path):
+    def evaluated(step, **scores):
+        return {"step": step, "epoch": step / 4} | {f"eval/{name}": ap for name, ap in scores.items()}
+
+    write_metrics(tmp_path / "mask", [evaluated(4, bbox_AP=0.2, segm_AP=0.1), evaluated(8, bbox_AP=0.3, segm_AP=0.25)])
+    write_metrics(tmp_path / "faster", [{"step": 3, "epoch": 0.75, "train/loss": 1.0}, evaluated(4, bbox_AP=0.15)])
+    read = curves.read_curves(tmp_path / "mask")
+    np.testing.assert_allclose(read["bbox_AP"], [[1, 20], [2, 30]])
+    np.testing.assert_allclose(read["segm_AP"], [[1, 10], [2, 25]])
+    assert list(curves.read_curves(tmp_path / "faster")) == ["bbox_AP"]
+
+    workdirs = [str(tmp_path / "mask"), str(tmp_path / "faster")]
+    assert visualize.main(["curves", *workdirs, "--output", str(tmp_path / "curves.svg")]) == 0
+    _, texts = drawn_and_named(tmp_path / "curves.svg")
+    assert {"mask (ends at 30.00 %, 25.00 %)", "faster (ends at 15.00 %)", "boxes", "masks", "AP (%)"} <= set(texts)
+    write_metrics(tmp_path / "classifier", [{"step": 1, "epoch": 1, "eval/top1": 0.5}])
+    with pytest.raises(simam_jax.UserError, match="draw them in two pictures"):
+        visualize.main(["curves", *workdirs, str(tmp_path / "classifier"), "--output", str(tmp_path / "no.svg")])
+
+
 def test_an_update_across_the_end_of_an_epoch_belongs_to_where_it_began(tmp_path):
     rows = [{"step": step, "epoch": step / 3.9, "train/top1": step / 100} for step in range(1, 9)]
     write_metrics(tmp_path / "run", rows)
@@ -278,7 +298,7 @@ def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsy
     refused(["grad-cam", *simam, *photographs, "--class", "3"], "Unknown class '3'")
     refused(["curves", str(tmp_path)], "no workdir with metrics")
     write_metrics(tmp_path / "new", [{"step": 1, "epoch": 0.1, "learning_rate": 0.1}])
-    refused(["curves", str(tmp_path / "new")], "holds no top-1 accuracy yet")
+    refused(["curves", str(tmp_path / "new")], "holds no top-1 accuracy and no AP yet")
     (tmp_path / "text.jpg").write_text("no image")
     refused(["attention", *simam, str(tmp_path / "text.jpg")], "None of the images could be read")
     assert not (tmp_path / "out.png").exists()
@@ -286,7 +306,7 @@ def test_what_cannot_be_drawn_is_an_error(workdirs, photographs, tmp_path, capsy
     mixed = ["grad-cam", *simam, str(tmp_path / "text.jpg"), photographs[0], "--class", "2"]
     assert visualize.main([*mixed, "--output", str(tmp_path / "out.png")]) == 1
     assert (tmp_path / "out.png").exists()
-    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    assert "1 of 2 files could not be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,22 +15,26 @@ from simam_jax import errors
 from simam_jax.ops.moments import at_least_float32
 
 
-def attention_weights(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+def attention_weights(
+    model: nn.Module, variables: Any, images: jax.Array, *more: Any, method: str | None = None
+) -> dict[str, jax.Array]:
     """The weights of every SimAM in a network, from the first layer to the last; empty for a network without SimAM.
 
     Args:
         model, variables: any network with `SimAM` in it.
         images: (N, H, W, 3), normalised.
+        more: what the network takes beside them.
+        method: of the network, that is called; None: the network itself.
 
     Returns:
         By the layer's name, such as "layer3_1", the weights (N, H, W, C), in (0.62, 1] (Eq. 5).
     """
-    return dict(sorted(_attention_weights(model, variables, images).items(), key=_natural))
+    return dict(sorted(_attention_weights(model, method, variables, images, *more).items(), key=_natural))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _attention_weights(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    outputs: Any = model.apply(variables, images, mutable=["intermediates"])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attention_weights(model: nn.Module, method: str | None, variables: Any, *inputs: Any) -> dict[str, jax.Array]:
+    outputs: Any = model.apply(variables, *inputs, method=method, mutable=["intermediates"])
     sown: Any = flatten_dict(outputs[1].get("intermediates", {}))
     return {
         "/".join(path[:-1]).removesuffix("/attention"): calls[-1]

@@ -1,4 +1,4 @@
-"""Figures of what `explain` and `curves` give, drawn with matplotlib and written as PNG or SVG."""
+"""Figures of what `explain` and `simam_jax.curves` give, drawn with matplotlib and written as PNG or SVG."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,9 @@ ENDINGS = (".png", ".svg")
 TITLES = {"simam": "SimAM", "none": "no attention", "se": "SE", "cbam": "CBAM"}
 COLOURS = "inferno"  # perceptually uniform: equal steps of a value are equal steps for the eye
 
+# What curves show, and by their names the line and the words of each.
+_ERROR = "top-1 error (%)", {"train": ("--", "training"), "eval": ("-", "validation")}
+_AP = "AP (%)", {"bbox_AP": ("-", "boxes"), "segm_AP": ("--", "masks")}
 _COLUMNS = 10  # panels side by side, at most
 
 
@@ -53,8 +56,8 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> "Image.Image":
 
 
 def attention_figure(
-    pixels: np.ndarray,
-    weights: Mapping[str, jax.Array],
+    pixels: Sequence[np.ndarray] | np.ndarray,
+    weights: Mapping[str, Sequence[np.ndarray] | np.ndarray | jax.Array],
     layer: str | None = None,
     channels: int = 6,
     names: Sequence[str] = (),
@@ -62,8 +65,8 @@ def attention_figure(
     """The figure of SimAM's weights over images: the mean over the channels of every layer, or one layer's channels.
 
     Args:
-        pixels: uint8 (N, S, S, 3), what the network saw.
-        weights: of `attention_weights`, of the same images.
+        pixels: N images uint8 (H, W, 3), what the network saw.
+        weights: of `attention_weights`, of the same images; N maps (h, w, C) of each layer.
         layer: the layer that is shown channel by channel; None: all layers.
         channels: how many channels of `layer` are shown: those whose weights vary most over the image.
         names: of the images.
@@ -125,26 +128,41 @@ def _grad_cam_label(title: str, caption: str, heat: np.ndarray) -> str:
 
 
 def curves_figure(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
-    """The figure of top-1 error over epochs: training dashed, validation solid, a colour for each run.
+    """The figure of top-1 error over epochs, training dashed, validation solid, or of AP, masks dashed, boxes solid.
 
     Args:
-        runs: by their names in the legend, of `curves.read_curves`.
+        runs: by their names in the legend, of `simam_jax.curves.read_curves`.
+
+    Raises:
+        UserError: they are classifiers' and detectors' runs.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    kinds = {"bbox_AP" in curves for curves in runs.values()}
+    if len(kinds) > 1:
+        raise errors.UserError("Some of these runs are classifiers', others detectors': draw them in two pictures.")
+    quantity, styles = _AP if kinds == {True} else _ERROR
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    styles = {"train": ("--", "training"), "eval": ("-", "validation")}
-    handles = [Line2D([], [], color="0.3", ls=line, label=label) for line, label in styles.values()]
+    drawn = [part for part in styles if kinds == {False} or any(part in curves for curves in runs.values())]
+    handles = [Line2D([], [], color="0.3", ls=styles[part][0], label=styles[part][1]) for part in drawn]
     for i, (name, curves) in enumerate(runs.items()):
-        for part, (line, _) in styles.items():
-            if len(curves[part]):
-                few = len(curves[part]) <= 20
-                axes.plot(*curves[part].T, line, color=f"C{i}", marker="o" if few else "", markersize=3)
-        last = f" (ends at {curves['eval'][-1, 1]:.2f} %)" if len(curves["eval"]) else ""
+        ends = []
+        for part in drawn:
+            if part in curves and len(curve := curves[part]):
+                few = len(curve) <= 20
+                style: dict[str, Any] = {
+                    "color": f"C{i}",
+                    "marker": "o" if few else "",
+                    "markersize": 3,
+                    "clip_on": False,
+                }
+                axes.plot(*curve.T, styles[part][0], **style)
+                ends += [f"{curve[-1, 1]:.2f} %"] if part != "train" else []
+        last = f" (ends at {', '.join(ends)})" if ends else ""
         handles.append(Line2D([], [], color=f"C{i}", linewidth=3, label=name + last))
-    axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel=quantity, ylim=(0, None))
     axes.set_xlim(left=0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
@@ -190,7 +208,7 @@ def check_ending(path: str | Path) -> Path:
     return path
 
 
-def _float(x: jax.Array) -> np.ndarray:
+def _float(x: np.ndarray | jax.Array) -> np.ndarray:
     return np.asarray(x, np.float32)
 
 
@@ -220,7 +238,8 @@ def _grid(title: str, rows: Sequence[Sequence[tuple[str, Any]]], scale: str, sid
         for j, (text, image) in enumerate(row):
             left = gap + j % columns * (side + gap)
             bottom = height - head - (i * lines + j // columns + 1) * (side + text_height)
-            figure.add_axes((left / width, bottom / height, side / width, side / height), frameon=False).imshow(image)
+            place = left / width, bottom / height, side / width, side / height
+            figure.add_axes(place, frameon=False, anchor="N").imshow(image)
             label = _shortened(text, int(16 * side))
             x, y = (left + side / 2) / width, (bottom + side + 0.04) / height
             figure.text(x, y, label, ha="center", va="bottom", fontsize=7, parse_math=False)

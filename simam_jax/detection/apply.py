@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from simam_jax.models import Detector
 from simam_jax.ops.extent import zero_beyond
 from simam_jax.ops.images import normalize
-from simam_jax.preprocessing import STRIDE, DetectionPreprocessing
+from simam_jax.preprocessing import STRIDE, DetectionPreprocessing, Resized
 
 
 def detections(
@@ -25,6 +26,15 @@ def detections(
     """
     images = prepared(pixels, sizes, how.mean, how.std, model.dtype)
     return model.apply(variables, images, own_extent(sizes), sizes, scale)
+
+
+def padded(how: DetectionPreprocessing, image: Resized, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """One image as `Detector.pyramid` takes it: normalised, padded to a bucket (1, H, W, 3), and its extent (1, 2)."""
+    height, width = image.pixels.shape[:2]
+    pixels = np.zeros((1, *how.bucket(height, width), 3), np.uint8)
+    pixels[0, :height, :width] = image.pixels
+    size = jnp.array([[height, width]], jnp.int32)
+    return prepared(jnp.asarray(pixels), size, how.mean, how.std, dtype), own_extent(size)
 
 
 def prepared(

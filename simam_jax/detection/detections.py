@@ -1,6 +1,7 @@
 """The results of a detector for one image, which render themselves: as rows for programs, lines and pictures for people."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from simam_jax.detection.drawing import Drawn, class_colour, draw_objects
 from simam_jax.detection.evaluation import encode
+from simam_jax.detection.masks import Masks
 from simam_jax.errors import unknown
 
 if TYPE_CHECKING:
@@ -22,18 +24,24 @@ class Detections:
         boxes: (n, 4) float32, x1 y1 x2 y2 in the image's own pixels.
         scores: (n,) float32 in 0..1.
         labels: (n,) int32 in 0..num_classes - 1.
-        masks: (n, H, W) bool in the image's size; None where the network has no masks.
+        segmentation: n masks (H, W) bool in the image's size, as an array or as `Masks`, which makes each when it is
+            looked at; None where the network has none.
         class_names: one for each class.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
-    masks: np.ndarray | None
+    segmentation: Masks | np.ndarray | None
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @functools.cached_property
+    def masks(self) -> np.ndarray | None:
+        """(n, H, W) bool in the image's size, a byte a pixel, made at the first call; None where the network has no masks."""
+        return None if self.segmentation is None else np.asarray(self.segmentation)
 
     @property
     def names(self) -> list[str]:
@@ -46,8 +54,8 @@ class Detections:
             {"class": name, "score": float(score), "box": [round(float(x), 2) for x in box]}
             for name, score, box in zip(self.names, self.scores, self.boxes, strict=True)
         ]
-        if self.masks is not None:
-            for row, mask in zip(rows, self.masks, strict=True):
+        if self.segmentation is not None:
+            for row, mask in zip(rows, self.segmentation, strict=True):
                 row["area"] = int(mask.sum())
         return rows
 
@@ -69,8 +77,8 @@ class Detections:
             }
             for label, box, score in zip(self.labels, corners.tolist(), self.scores, strict=True)
         ]
-        if self.masks is not None:
-            for row, rle in zip(rows, encode(self.masks), strict=True):
+        if self.segmentation is not None:
+            for row, rle in zip(rows, encode(self.segmentation), strict=True):
                 row["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
         return [row for row in rows if row["category_id"] is not None]
 
@@ -85,16 +93,14 @@ class Detections:
                 raise unknown("class", name, self.class_names)
         wanted = np.array([classes is None or name in classes for name in self.class_names])
         keep = (self.scores >= score) & wanted[self.labels]
-        if keep.all():
-            return self  # masks of a large photograph are a gigabyte
-        masks = None if self.masks is None else self.masks[keep]
+        masks = None if self.segmentation is None else self.segmentation[keep]
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks, self.class_names)
 
     def lines(self) -> list[str]:
         """The objects as text: ` 97.03 %  name  x1 y1 x2 y2`."""
         return [
-            f"{100 * row['score']:6.2f} %  {row['class']}  {' '.join(f'{x:.0f}' for x in row['box'])}"
-            for row in self.rows()
+            f"{100 * score:6.2f} %  {name}  {' '.join(f'{x:.0f}' for x in box)}"
+            for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
         ]
 
     def draw(self, pixels: np.ndarray, *, threshold: float = 0.5) -> "Image.Image":
@@ -104,12 +110,13 @@ class Detections:
             pixels: uint8 (H, W, 3), the image itself.
             threshold: in 0..1.
         """
+        masks = self.segmentation
         drawn = [
             Drawn(
                 self.boxes[i].tolist(),
                 f"{self.names[i]} {100 * self.scores[i]:.0f} %",
                 class_colour(self.labels[i]),
-                None if self.masks is None else self.masks[i],
+                None if masks is None else functools.partial(masks.__getitem__, i),
             )
             for i in np.flatnonzero(self.scores >= threshold)
         ]

@@ -3,7 +3,7 @@
 import colorsys
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -30,13 +30,13 @@ class Drawn(NamedTuple):
         box: x1 y1 x2 y2 in the image's pixels.
         text: what stands at the box.
         colour: of all of it.
-        mask: (H, W) bool in the image's size; None: there is none.
+        mask: gives (H, W) bool in the image's size when its turn comes; None: there is none.
     """
 
     box: Sequence[float]
     text: str
     colour: Colour
-    mask: np.ndarray | None = None
+    mask: Callable[[], np.ndarray] | None = None
 
 
 def class_colour(label: int) -> Colour:
@@ -66,7 +66,7 @@ def draw_objects(pixels: np.ndarray, objects: Sequence[Drawn], longest: int | No
     texts = [each.text for each in objects]
     font = _font(_font_size(texts, size))
     line = max(1, round(font.size / 7))
-    masks = ((_resized(each.mask, size), each.colour) for each in reversed(objects) if each.mask is not None)
+    masks = ((_resized(each.mask(), size), each.colour) for each in reversed(objects) if each.mask is not None)
     _lay_over(canvas, masks, line)
     image = Image.fromarray(canvas)
     pen = ImageDraw.Draw(image)
@@ -139,7 +139,7 @@ def _pixels_of(box: Sequence[float], scale: float, size: tuple[int, int]) -> Rec
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def _lay_over(canvas: np.ndarray, masks, line: int) -> None:
+def _lay_over(canvas: np.ndarray, masks: Iterable[tuple[np.ndarray, Colour]], line: int) -> None:
     """Lays masks over the image, the last on top: a pixel has the colour of one mask, whose rim is opaque."""
     image = canvas.copy()
     for mask, colour in masks:
@@ -148,9 +148,11 @@ def _lay_over(canvas: np.ndarray, masks, line: int) -> None:
             continue
         window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         inside = mask[window]
-        blended = (1 - OPACITY) * image[window][inside] + OPACITY * np.array(colour, np.float32)
-        canvas[window][inside] = blended.round().astype(np.uint8)
-        canvas[window][inside & ~_eroded(inside, max(1, line // 2))] = colour
+        rim = inside & ~_eroded(inside, max(1, line // 2))
+        for channel, value in enumerate(colour):
+            blended = ((1 - OPACITY) * np.arange(256) + OPACITY * value).round().astype(np.uint8)
+            np.copyto(canvas[window][..., channel], blended[image[window][..., channel]], where=inside)
+            np.copyto(canvas[window][..., channel], np.uint8(value), where=rim)
 
 
 def _eroded(mask: np.ndarray, width: int) -> np.ndarray:
@@ -158,8 +160,8 @@ def _eroded(mask: np.ndarray, width: int) -> np.ndarray:
     padded = np.pad(mask, width)
     for axis in (0, 1):
         length = padded.shape[axis] - 2 * width
-        parts = [np.take(padded, np.arange(i, i + length), axis) for i in range(2 * width + 1)]
-        padded = np.logical_and.reduce(parts)
+        parts = (padded[(slice(None),) * axis + (slice(i, i + length),)] for i in range(2 * width + 1))
+        padded = functools.reduce(np.logical_and, parts)
     return padded
 
 

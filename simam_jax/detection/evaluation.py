@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from simam_jax.detection.masks import in_image
+from simam_jax.detection.masks import Masks
 from simam_jax.errors import naming_extras
 from simam_jax.task import Scores
 
@@ -66,7 +66,7 @@ class CocoEvaluator:
             masks = None
             if "segm" in self._kinds:
                 size = tuple(outputs["original_size"][row].tolist())
-                masks = encode(in_image(outputs["masks"][row], outputs["boxes"][row], count, size))
+                masks = encode(Masks(outputs["masks"][row][:count], boxes, size))
             self.add_image(index, boxes, scores, labels, masks)
 
     def add_image(
@@ -179,15 +179,12 @@ def describe_scores(scores: Scores) -> str:
     return ", ".join(parts)
 
 
-def encode(masks: np.ndarray) -> list[Rle]:
-    """Masks (n, H, W) bool as compressed run lengths."""
+def encode(masks: Iterable[np.ndarray]) -> list[Rle]:
+    """Masks (H, W) bool as compressed run lengths."""
     with naming_extras():
         from pycocotools import mask
 
-    if not len(masks):
-        return []
-    rles: Any = mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
-    return rles
+    return [cast(Any, mask.encode(np.asfortranarray(each, dtype=np.uint8))) for each in masks]
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,7 @@
-"""The masks that a detector gives, brought into the image."""
+"""The masks that a detector gives, brought into the image one at a time: together they are a gigabyte of a large photograph."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -7,26 +10,44 @@ from jax.typing import ArrayLike
 from simam_jax.rcnn.masks import paste
 
 _CANVAS = 256  # pixels: masks are pasted into images whose sides are multiples of it, so that few shapes are compiled
-_TOGETHER = 20  # pasted at a time: one of a large photograph is megabytes
 
 
-def in_image(probabilities: ArrayLike, boxes: ArrayLike, count: int, size: tuple[int, int]) -> np.ndarray:
-    """(count, H, W) bool: the masks in an image of `size`, height and width.
+class Masks:
+    """Stands for an array (n, H, W) bool and takes a few kilobytes a mask: one is pasted when it is looked at.
 
-    Args:
-        probabilities: (D, 28, 28) float32, over each box.
-        boxes: (D, 4) in the image's pixels.
-        count: how many are real.
-        size: of the image.
+    `masks[i]` and iteration give masks (H, W), `masks[rows]` fewer `Masks`, `np.asarray(masks)` the array itself.
     """
-    probabilities, boxes = np.asarray(probabilities), np.asarray(boxes)
-    height, width = size
-    canvas = tuple(-(-side // _CANVAS) * _CANVAS for side in size)
-    packed = [
-        _paste(probabilities[i : i + _TOGETHER], boxes[i : i + _TOGETHER], canvas) for i in range(0, count, _TOGETHER)
-    ]
-    bits = np.concatenate([np.zeros((0, canvas[0], canvas[1] // 8), np.uint8), *map(np.asarray, packed)])[:count]
-    return np.unpackbits(bits, axis=-1, count=canvas[1])[:, :height, :width].astype(bool)
+
+    def __init__(self, probabilities: ArrayLike, boxes: ArrayLike, size: tuple[int, int]):
+        """Args:
+        probabilities: (n, 28, 28) float32, over each box.
+        boxes: (n, 4) in the image's pixels.
+        size: height and width of the image.
+        """
+        self._probabilities, self._boxes, self.size = np.asarray(probabilities), np.asarray(boxes), size
+
+    def __len__(self) -> int:
+        return len(self._probabilities)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, rows: Any) -> Any:
+        """A mask, of an integer; else the masks that a slice, or an array as NumPy takes it, names."""
+        if not isinstance(rows, int | np.integer):
+            return Masks(self._probabilities[rows], self._boxes[rows], self.size)
+        canvas = tuple(-(-side // _CANVAS) * _CANVAS for side in self.size)
+        packed = _paste(self._probabilities[rows], self._boxes[rows], canvas)
+        height, width = self.size
+        return np.unpackbits(np.asarray(packed)[:height], axis=-1, count=width).view(bool)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("masks are pasted when they are looked at: there is no array that is not a copy")
+        whole = np.empty((len(self), *self.size), bool if dtype is None else dtype)
+        for i, mask in enumerate(self):
+            whole[i] = mask
+        return whole
 
 
-_paste = jax.jit(lambda masks, boxes, size: paste(masks, boxes, size=size), static_argnums=2)
+_paste = jax.jit(lambda mask, box, size: paste(mask[None], box[None], size=size)[0], static_argnums=2)

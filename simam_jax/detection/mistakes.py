@@ -1,6 +1,7 @@
 """What a detector does wrong in an image: objects that are not there, and objects that it misses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,10 +111,10 @@ def drawn_results(
     return wrong + missed + right
 
 
-def _drawn(row: Row, text: str, colour: tuple[int, int, int], mask: np.ndarray | None = None) -> Drawn:
+def _drawn(row: Row, text: str, colour: tuple[int, int, int], mask: Callable[[], np.ndarray] | None = None) -> Drawn:
     x, y, width, height = row["bbox"]
     return Drawn((x, y, x + width, y + height), text, colour, mask)
 
 
-def _mask_of(row: Row, size: tuple[int, int]) -> np.ndarray | None:
-    return mask_of(row["segmentation"], *size) if row.get("segmentation") else None
+def _mask_of(row: Row, size: tuple[int, int]) -> Callable[[], np.ndarray] | None:
+    return partial(mask_of, row["segmentation"], *size) if row.get("segmentation") else None

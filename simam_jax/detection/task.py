@@ -17,7 +17,7 @@ from simam_jax.detection import pipeline
 from simam_jax.detection.apply import detections, own_extent, prepared
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.evaluation import CocoEvaluator, describe_scores, truth_of
-from simam_jax.detection.masks import in_image
+from simam_jax.detection.masks import Masks
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.models import Detector, variable_shapes
 from simam_jax.models.costs import summarize
@@ -222,6 +222,6 @@ def _side_by_side(evaluation: objects.Examples, index: int, found: Mapping[str, 
         example.boxes, np.ones(len(example.boxes), np.float32), example.labels, masks, evaluation.class_names
     )
     boxes, scores, labels = (found[name][:count] for name in ("boxes", "scores", "labels"))
-    seen = in_image(found["masks"], found["boxes"], count, pixels.shape[:2]) if "masks" in found else None
+    seen = Masks(found["masks"][:count], boxes, pixels.shape[:2]) if "masks" in found else None
     ours = Detections(boxes, scores, labels, seen, evaluation.class_names)
     return np.concatenate([np.asarray(each.draw(pixels, threshold=SHOWN_SCORE)) for each in (truth, ours)], axis=1)
