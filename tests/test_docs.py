@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 import simam_jax
 from benchmarks.report import BEGIN, END, PAGES, updated
-from simam_jax import checkpoints
+from simam_jax import checkpoints, video
 from simam_jax.models import variable_shapes
 from simam_jax.torch_weights.files import write_state
 from simam_jax.torch_weights.names import to_torch
@@ -74,7 +74,7 @@ def place(tmp_path_factory):
 
 
 def _write_detector(folder):
-    """runs/scenes, and own.json with an object in one of the photographs."""
+    """runs/scenes, own.json with an object in one of the photographs, and a short video."""
     detector = simam_jax.create_model("mask_rcnn_tiny_fpn", num_classes=10)
     variables = simam_jax.init_variables(detector, jax.random.key(0))
     how = {"min_size": 128, "max_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -86,6 +86,11 @@ def _write_detector(folder):
     box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [9, 9, 90, 90], "area": 8100, "iscrowd": 0}
     own = {"images": images, "annotations": [box], "categories": [{"id": i, "name": str(i)} for i in range(10)]}
     (folder / "own.json").write_text(json.dumps(own))
+    rows = [{"step": k, "epoch": k, "eval/bbox_AP": k / 20, "eval/segm_AP": k / 25} for k in range(1, 9)]
+    (folder / "runs" / "scenes" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with video.written(folder / "street.mp4", rate=25) as write:
+        for _ in range(6):
+            write(load_sample_images().images[0][:128, :192])
 
 
 def test_the_readme_is_short():
