@@ -110,11 +110,11 @@ class Detections:
             pixels: uint8 (H, W, 3), the image itself.
             threshold: in 0..1.
         """
-        masks = self.segmentation
+        masks, names = self.segmentation, self.names
         drawn = [
             Drawn(
                 self.boxes[i].tolist(),
-                f"{self.names[i]} {100 * self.scores[i]:.0f} %",
+                f"{names[i]} {100 * self.scores[i]:.0f} %",
                 class_colour(self.labels[i]),
                 None if masks is None else functools.partial(masks.__getitem__, i),
             )
