@@ -103,12 +103,13 @@ class Detections:
             for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
         ]
 
-    def draw(self, pixels: np.ndarray, *, threshold: float = 0.5) -> "Image.Image":
+    def draw(self, pixels: np.ndarray, *, threshold: float = 0.5, longest: int | None = None) -> "Image.Image":
         """The image with boxes, masks, names and scores of the objects whose score is at least `threshold`.
 
         Args:
             pixels: uint8 (H, W, 3), the image itself.
             threshold: in 0..1.
+            longest: pixels of the picture's longer side; None: as the image, but at least what shows so many objects.
         """
         masks, names = self.segmentation, self.names
         drawn = [
@@ -120,4 +121,4 @@ class Detections:
             )
             for i in np.flatnonzero(self.scores >= threshold)
         ]
-        return draw_objects(pixels, drawn)
+        return draw_objects(pixels, drawn, longest)
