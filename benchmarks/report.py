@@ -14,6 +14,10 @@ TITLES = {
     "memory": ("Memory of a training step beside its state", "python -m benchmarks.memory"),
     "traffic": ("Memory moved on an H100, counted in the compiled program", "python -m benchmarks.traffic"),
     "predictor": ("`Predictor` from files over the bare network", "python -m benchmarks.predictor"),
+    "predictor_detector": (
+        "A detector's `Predictor`",
+        "python -m benchmarks.predictor --model mask_rcnn_resnet18_fpn --count 64",
+    ),
     "lowerings_operations": ("Our forms of operations over XLA's", "python -m benchmarks.lowerings operations"),
     "lowerings_networks": ("A training step with a form replaced", "python -m benchmarks.lowerings networks"),
     "detection_ops": ("Detection's operations over torchvision's", "python -m benchmarks.detection_ops"),
@@ -33,6 +37,7 @@ PAGES = {
         "accelerator_resnet50",
         "accelerator_detectors",
         "predictor",
+        "predictor_detector",
         "memory",
         "startup",
         "detectors",

@@ -17,13 +17,13 @@ from jax.typing import ArrayLike
 
 from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
-from simam_jax.detection.apply import detections
+from simam_jax.detection.apply import detections, padded
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.masks import Masks
 from simam_jax.models import MODELS, Detector, Network
 from simam_jax.ops.images import normalize
 from simam_jax.ops.parts import apply_in_parts
-from simam_jax.preprocessing import STRIDE, ImageLike, Resized, is_one_image
+from simam_jax.preprocessing import ImageLike, Resized, is_one_image
 
 _AHEAD = 2  # batches on their way through the device while the next images are read
 
@@ -245,14 +245,7 @@ class DetectorPredictor(Predictor):
     def _detect(self, read: list[Resized], bucket: tuple[int, int]) -> Any:
         """What the model gives for images padded to one shape, on the device."""
         count = 1 << (len(read) - 1).bit_length()  # filled up, so that few counts are ever compiled
-        pixels = np.zeros((count, *bucket, 3), np.uint8)
-        sizes, scale = np.full((count, 2), STRIDE, np.int32), np.ones((count, 4), np.float32)
-        for i, (image, original) in enumerate(read):
-            sizes[i] = image.shape[:2]
-            pixels[i, : image.shape[0], : image.shape[1]] = image
-            height, width = np.array(image.shape[:2]) / original
-            scale[i] = width, height, width, height
-        return self._jitted(self.variables, pixels, sizes, scale)
+        return self._jitted(self.variables, *padded(read, bucket, count))
 
     @functools.cached_property
     def _jitted(self):

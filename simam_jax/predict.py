@@ -23,6 +23,7 @@ from simam_jax.command_line import (
     skip,
     with_progress,
 )
+from simam_jax.detection.drawing import SHOWN
 from simam_jax.paths import local
 from simam_jax.preprocessing import read_rgb
 
@@ -164,7 +165,9 @@ def _show_objects(
                 continue
             shown = seen.result.chosen(SCORE if args.score is None else args.score, classes)
             if args.output:
-                write(seen, shown.draw(np.asarray(read_rgb(seen.image)), threshold=0))
+                pixels = np.asarray(read_rgb(seen.image))
+                longest = None if seen.frame is None else max(*pixels.shape[:2], SHOWN)  # all frames of one size
+                write(seen, shown.draw(pixels, threshold=0, longest=longest))
             if not args.json:
                 print(seen.name, *(f"  {line}" for line in shown.lines() or ["nothing found"]), sep=os.linesep)
                 continue

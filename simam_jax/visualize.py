@@ -20,7 +20,7 @@ from simam_jax.command_line import (
     skip,
     with_progress,
 )
-from simam_jax.detection.apply import padded
+from simam_jax.detection.apply import own_extent, padded, prepared
 from simam_jax.models import MODELS
 from simam_jax.paths import local
 from simam_jax.preprocessing import Resized
@@ -95,7 +95,9 @@ def _weights_in_classifier(predictor: "ClassifierPredictor", image: np.ndarray, 
 
 def _weights_in_detector(predictor: "DetectorPredictor", image: Resized, layer: str | None) -> Maps:
     """The weights within the image. Of large images all channels take gigabytes: where no layer's are asked for, their mean."""
-    images, extent = padded(predictor.preprocessing, image, predictor.model.dtype)
+    how = predictor.preprocessing
+    pixels, sizes, _ = padded([image], how.bucket(*image.pixels.shape[:2]), 1)
+    images, extent = prepared(pixels, sizes, how.mean, how.std, predictor.model.dtype), own_extent(sizes)
     weights = explain.attention_weights(predictor.model, predictor.variables, images, extent, method="pyramid")
     maps = {}
     for full_name, w in weights.items():

@@ -192,27 +192,34 @@ def test_objects_are_chosen_by_score_and_class():
 def test_masks_are_pasted_one_at_a_time_as_they_are_together():
     rng = np.random.default_rng(0)
     probabilities = rng.random((7, 28, 28), np.float32)
-    boxes = np.sort(rng.uniform(-20, 300, (7, 2, 2)), axis=1).reshape(7, 4).astype(np.float32)
-    masks = Masks(probabilities, boxes, (300, 413))
-    together = np.unpackbits(np.asarray(paste(probabilities, boxes, size=(512, 512))), axis=-1)[:, :300, :413]
+    corners = np.sort(rng.uniform(-20, 700, (7, 2, 2)), axis=1)
+    corners[:, 1] = corners[:, 0] + (corners[:, 1] - corners[:, 0]) * np.linspace(0, 1, 7)[:, None]
+    boxes = corners.reshape(7, 4).astype(np.float32)  # for windows of 128 and 512 pixels, and the whole image
+    masks = Masks(probabilities, boxes, (700, 813))
+    together = np.unpackbits(np.asarray(paste(probabilities, boxes, size=(768, 1024))), axis=-1)[:, :700, :813]
     array = np.asarray(masks)
     assert array.dtype == bool
     np.testing.assert_array_equal(array, together)
     assert array.any((1, 2)).all()
     np.testing.assert_array_equal(masks[2], array[2])
     np.testing.assert_array_equal(masks[np.arange(7) > 2][1:][-1], array[-1])
-    assert [len(masks), len(masks[:0]), np.asarray(masks[:0]).shape] == [7, 0, (0, 300, 413)]
+    assert [len(masks), len(masks[:0]), np.asarray(masks[:0]).shape] == [7, 0, (0, 700, 813)]
 
 
 def test_objects_are_told_and_drawn_without_all_their_masks_in_memory():
     boxes = np.tile(np.array([[100, 100, 700, 500]], np.float32), (100, 1))
     masks = Masks(np.ones((100, 28, 28), np.float32), boxes, (600, 800))
-    found = Detections(boxes, np.ones(100, np.float32), np.zeros(100, np.int32), masks, ("a",))
+    found = Detections(boxes, np.linspace(0, 1, 100, dtype=np.float32), np.zeros(100, np.int32), masks, ("a",))
     pixels = np.zeros((600, 800, 3), np.uint8)
+
+    def show(found):
+        assert len(found.rows()) == len(found.results(1, [1])) == len(found)
+        found.draw(pixels, threshold=0)
+
+    show(found.chosen(1.0))  # what is imported and compiled is none of it
     tracemalloc.start()
     try:
-        assert len(found.rows()) == len(found.results(1, [1])) == 100
-        found.draw(pixels)
+        show(found)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

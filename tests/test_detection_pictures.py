@@ -77,6 +77,12 @@ def test_pictures_are_as_large_as_the_image_or_can_be_read(size, shown):
     assert draw_objects(pixels, objects, 100).size == tuple(max(round(100 * s / max(size)), 1) for s in size)
 
 
+def test_a_crowd_is_shown_larger():
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    sizes = [draw_objects(pixels, count * [Drawn((1, 1, 10, 10), "dog", (255, 0, 0))]).size for count in (20, 21)]
+    assert sizes == [(480, 240), (960, 480)]
+
+
 def test_letters_and_lines_grow_with_the_picture():
     def drawn(side):
         picture = draw_objects(np.zeros((side, side, 3), np.uint8), [Drawn((0, 0, side, side), "dog", (255, 0, 0))])

@@ -100,7 +100,7 @@ def test_predict_makes_a_video_with_objects(look, clip, tmp_path, capsys):
     photographs.mkdir()
     Image.fromarray(TEMPLE).save(photographs / "7.jpg")
     (photographs / "broken.avi").write_text("no video")
-    assert look(clip, photographs, "--output", tmp_path / "out", "--every", "2") == 1
+    assert look(clip, photographs, "--output", tmp_path / "out", "--every", "2", "--score", "0") == 1
     printed = capsys.readouterr()
     assert "broken.avi cannot be read as a video" in printed.err
     assert "1 of 3 files could not be read" in printed.err

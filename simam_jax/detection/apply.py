@@ -1,11 +1,12 @@
 """A detector applied to uint8 images that are padded to one shape, as evaluation, prediction and training see them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from simam_jax.models import Detector
 from simam_jax.ops.extent import zero_beyond
@@ -28,22 +29,25 @@ def detections(
     return model.apply(variables, images, own_extent(sizes), sizes, scale)
 
 
-def padded(how: DetectionPreprocessing, image: Resized, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """One image as `Detector.pyramid` takes it: normalised, padded to a bucket (1, H, W, 3), and its extent (1, 2)."""
-    height, width = image.pixels.shape[:2]
-    pixels = np.zeros((1, *how.bucket(height, width), 3), np.uint8)
-    pixels[0, :height, :width] = image.pixels
-    size = jnp.array([[height, width]], jnp.int32)
-    return prepared(jnp.asarray(pixels), size, how.mean, how.std, dtype), own_extent(size)
+def padded(images: Sequence[Resized], shape: tuple[int, int], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pixels, sizes and scale of `count` images padded to `shape`, as `detections` takes them; the last ones are empty."""
+    pixels = np.zeros((count, *shape, 3), np.uint8)
+    sizes, scale = np.full((count, 2), STRIDE, np.int32), np.ones((count, 4), np.float32)
+    for i, (image, original) in enumerate(images):
+        sizes[i] = image.shape[:2]
+        pixels[i, : image.shape[0], : image.shape[1]] = image
+        height, width = np.array(image.shape[:2]) / original
+        scale[i] = width, height, width, height
+    return pixels, sizes, scale
 
 
 def prepared(
-    pixels: jax.Array, sizes: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike
+    pixels: ArrayLike, sizes: ArrayLike, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike
 ) -> jax.Array:
     """The images normalised, then zero beyond their sizes."""
-    return zero_beyond(normalize(jnp.asarray(pixels), mean, std, jnp.dtype(dtype)), sizes)
+    return zero_beyond(normalize(jnp.asarray(pixels), mean, std, jnp.dtype(dtype)), jnp.asarray(sizes))
 
 
-def own_extent(sizes: jax.Array) -> jax.Array:
+def own_extent(sizes: ArrayLike) -> jax.Array:
     """(N, 2) int32: the sizes rounded up to `STRIDE`, what each image is padded to for itself alone."""
     return -(-jnp.asarray(sizes) // STRIDE) * STRIDE

@@ -103,21 +103,22 @@ class Detections:
             for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
         ]
 
-    def draw(self, pixels: np.ndarray, *, threshold: float = 0.5) -> "Image.Image":
+    def draw(self, pixels: np.ndarray, *, threshold: float = 0.5, longest: int | None = None) -> "Image.Image":
         """The image with boxes, masks, names and scores of the objects whose score is at least `threshold`.
 
         Args:
             pixels: uint8 (H, W, 3), the image itself.
             threshold: in 0..1.
+            longest: pixels of the picture's longer side; None: as the image, but at least what shows so many objects.
         """
-        masks = self.segmentation
+        masks, names = self.segmentation, self.names
         drawn = [
             Drawn(
                 self.boxes[i].tolist(),
-                f"{self.names[i]} {100 * self.scores[i]:.0f} %",
+                f"{names[i]} {100 * self.scores[i]:.0f} %",
                 class_colour(self.labels[i]),
                 None if masks is None else functools.partial(masks.__getitem__, i),
             )
             for i in np.flatnonzero(self.scores >= threshold)
         ]
-        return draw_objects(pixels, drawn)
+        return draw_objects(pixels, drawn, longest)

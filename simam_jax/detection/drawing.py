@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]  # red, green, blue in 0..255
 Rectangle = tuple[int, int, int, int]  # x1 y1 x2 y2 in pixels of the picture, the last ones not in it
 
-SHOWN = 480  # pixels: the least length of a picture's longer side
+SHOWN = 480  # pixels: the least length of a picture's longer side, and twice that where objects crowd
+_CROWD = 20  # so many objects are none yet
 OPACITY = 0.45  # of a mask over the image
 LEAST_FONT = 11  # pixels: smaller names cannot be read
 _COVERED = 0.25  # of a picture: where names would cover more they become smaller, and at last fewer
@@ -54,13 +55,14 @@ def draw_objects(pixels: np.ndarray, objects: Sequence[Drawn], longest: int | No
     Args:
         pixels: uint8 (H, W, 3), the image itself.
         objects: what is drawn.
-        longest: pixels of the picture's longer side; None: as the image, but at least `SHOWN`.
+        longest: pixels of the picture's longer side; None: as the image, but at least what shows so many objects.
     """
     with naming_extras():
         from PIL import Image, ImageDraw
 
     height, width = pixels.shape[:2]
-    scale = (longest or max(width, height, SHOWN)) / max(width, height)
+    least = SHOWN if len(objects) <= _CROWD else 2 * SHOWN
+    scale = (longest or max(width, height, least)) / max(width, height)
     size = max(round(scale * width), 1), max(round(scale * height), 1)
     canvas = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC) if scale != 1 else pixels)
     texts = [each.text for each in objects]

@@ -184,7 +184,8 @@ def encode(masks: Iterable[np.ndarray]) -> list[Rle]:
     with naming_extras():
         from pycocotools import mask
 
-    return [cast(Any, mask.encode(np.asfortranarray(each, dtype=np.uint8))) for each in masks]
+    bits = (np.asfortranarray(each, dtype=bool).view(np.uint8) for each in masks)
+    return [cast(Any, mask.encode(each)) for each in bits]
 
 
 def _write_json(path: Path, content: Any) -> None:

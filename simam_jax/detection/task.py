@@ -16,6 +16,7 @@ from simam_jax.data import objects
 from simam_jax.detection import pipeline
 from simam_jax.detection.apply import detections, own_extent, prepared
 from simam_jax.detection.detections import Detections
+from simam_jax.detection.drawing import SHOWN
 from simam_jax.detection.evaluation import CocoEvaluator, describe_scores, truth_of
 from simam_jax.detection.masks import Masks
 from simam_jax.errors import UserError, naming_extras
@@ -224,4 +225,6 @@ def _side_by_side(evaluation: objects.Examples, index: int, found: Mapping[str, 
     boxes, scores, labels = (found[name][:count] for name in ("boxes", "scores", "labels"))
     seen = Masks(found["masks"][:count], boxes, pixels.shape[:2]) if "masks" in found else None
     ours = Detections(boxes, scores, labels, seen, evaluation.class_names)
-    return np.concatenate([np.asarray(each.draw(pixels, threshold=SHOWN_SCORE)) for each in (truth, ours)], axis=1)
+    longest = max(*pixels.shape[:2], SHOWN)
+    pictures = (each.draw(pixels, threshold=SHOWN_SCORE, longest=longest) for each in (truth, ours))
+    return np.concatenate(list(map(np.asarray, pictures)), axis=1)

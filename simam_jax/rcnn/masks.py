@@ -120,31 +120,41 @@ def _targets_by_tiles(
 
 
 @partial(jax.jit, static_argnames=("size", "threshold"))
-def paste(probabilities: jax.Array, boxes: jax.Array, *, size: tuple[int, int], threshold: float = 0.5) -> jax.Array:
+def paste(
+    probabilities: jax.Array,
+    boxes: jax.Array,
+    corner: jax.Array | tuple[int, int] = (0, 0),
+    *,
+    size: tuple[int, int],
+    threshold: float = 0.5,
+) -> jax.Array:
     """Packed bits (D, H, ceil(W / 8)): where a mask, stretched over its box, is at least `threshold`.
 
     Args:
         probabilities: (D, 28, 28) float32.
-        boxes: (D, 4) in pixels of the canvas.
-        size: height and width of the canvas, at least the image's.
+        boxes: (D, 4) in the image's pixels.
+        corner: row and column of the image at which the canvas begins.
+        size: height and width of the canvas.
     """
+
+    top, left = corner
 
     def one_mask(mask: jax.Array, box: jax.Array) -> jax.Array:
         x1, y1, x2, y2 = box
-        y, x = _stretch(y1, y2, size[0]), _stretch(x1, x2, size[1])
+        y, x = _stretch(y1, y2, top + jnp.arange(size[0])), _stretch(x1, x2, left + jnp.arange(size[1]))
         rows = jnp.einsum("hp,pq->hq", y, mask, precision="highest")
         return pack(jnp.einsum("hq,wq->hw", rows, x, precision="highest") >= jnp.float32(threshold))
 
     return lax.map(lambda row: one_mask(*row), (probabilities, boxes))
 
 
-def _stretch(low: jax.Array, high: jax.Array, length: int) -> jax.Array:
-    """(length, 28) bilinear weights of a mask's 28 places, stretched from `low` to `high`, in each pixel of an axis.
+def _stretch(low: jax.Array, high: jax.Array, pixels: jax.Array) -> jax.Array:
+    """(P, 28) bilinear weights of a mask's 28 places, stretched from `low` to `high`, in P pixels of an axis.
 
     Places beyond the mask are zero. Only pixels from one before the box to one after it are written, as in the reference
     implementation on CPUs. A box without width shows the mask's centre there.
     """
-    pixels = jnp.arange(length, dtype=jnp.float32)
+    pixels = pixels.astype(jnp.float32)
     width = high - low
     relative = jnp.where(width == 0, 0, (pixels + 0.5 - low) / jnp.where(width == 0, 1, width) * 2 - 1)
     at = (exact_product(relative + 1, jnp.float32(SIZE)) - 1) / 2
