@@ -22,8 +22,7 @@ from simam_jax.inference import ClassifierPredictor, Predictor
 
 MAX_WAITING = 64  # images: whoever comes then is told that the queue is full
 MAX_SIDE = 1600  # pixels of what a detector is shown: a hundred masks of more are gigabytes
-LAUNCH = {"max_file_size": 20_000_000, "show_error": True, "quiet": True, "prevent_thread_lock": True}
-LAUNCH |= {"share": False, "ssr_mode": False, "run_history": False}  # for this machine alone, and nothing is kept
+LAUNCH = {"max_file_size": 20 * 2**20, "show_error": True, "quiet": True, "share": False, "run_history": False}
 
 
 def look(predictor: ClassifierPredictor, image: Any) -> tuple[Any, ...]:
@@ -82,10 +81,11 @@ def page(predictor: Predictor) -> Any:
                 gr.Examples([[str(path)] for path in images], image)
         with gr.Column():  # Gradio's preprocessing is left out: it has no message for what is no image
             if isinstance(predictor, ClassifierPredictor):
-                outputs, simam = [gr.Label(label="The likeliest classes")], predictor.model.attention == "simam"
+                top, there = gr.Label(label="The likeliest classes"), predictor.model.attention == "simam"
                 with gr.Row():
-                    outputs += [gr.Image(label="SimAM, last layer", visible=simam), gr.Image(label="Grad-CAM")]
-                image.change(classify, image, outputs, preprocess=False)
+                    attention = gr.Image(label="SimAM, last layer", visible=there, buttons=[])
+                    cam = gr.Image(label="Grad-CAM", buttons=[])
+                image.change(classify, image, [top, attention, cam], preprocess=False)
             else:
                 colours = {name: "#{:02x}{:02x}{:02x}".format(*class_colour(i)) for i, name in enumerate(names)}
                 objects = gr.AnnotatedImage(label="Click a class to see it alone", color_map=colours)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     blocks = page(load_predictor(args))
     try:
-        blocks.launch(server_name=args.host, server_port=args.port, **LAUNCH)
+        blocks.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, **LAUNCH)
     except (OSError, OverflowError) as error:
         raise errors.UserError(f"Nothing can listen at --host={args.host} --port={args.port}: {error}") from error
     print(f"{blocks.title} is at {blocks.local_url} until Ctrl-C.", flush=True)

@@ -65,7 +65,7 @@ def serve():
 
     def start(predictor):
         started.append(demo.page(predictor))
-        _, url, _ = started[-1].launch(**demo.LAUNCH)
+        _, url, _ = started[-1].launch(prevent_thread_lock=True, **demo.LAUNCH)
         return gradio_client.Client(url, verbose=False, analytics_enabled=False)
 
     yield start
@@ -359,7 +359,7 @@ def test_the_page_of_a_classifier_in_a_browser(space, workdir, photographs, brow
     page.remove()
     (tmp_path / "large.jpg").write_bytes(bytes(demo.LAUNCH["max_file_size"] + 1))
     page.upload(tmp_path / "large.jpg")
-    wait_for(lambda: "exceeds the maximum" in page.message(), 60)
+    wait_for(lambda: "exceed the maximum allowed size of 20.0 Mb" in page.message(), 60)
 
     page = Page(browser, space, width)
     page.all("button.gallery-item")[1].click()  # an example, the flower
