@@ -20,7 +20,7 @@ from simam_jax.command_line import add_checkpoint_arguments, load_predictor
 from simam_jax.detection.drawing import OPACITY, class_colour
 from simam_jax.inference import ClassifierPredictor, Predictor
 
-MAX_WAITING = 64  # images: whoever comes then is told that the queue is full
+MAX_WAITING = 64  # images: whoever comes then is told that the queue is full; what came is deleted after an hour
 MAX_SIDE = 1600  # pixels of what a detector is shown: a hundred masks of more are gigabytes
 LAUNCH = {"max_file_size": 20 * 2**20, "show_error": True, "quiet": True, "share": False, "run_history": False}
 
