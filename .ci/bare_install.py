@@ -19,6 +19,7 @@ import simam_jax
 TESTS = Path(__file__).parent.parent / "tests"
 HEAVY = {
     "clu",
+    "gradio",
     "matplotlib",
     "opencv-python-headless",
     "pycocotools",
@@ -56,13 +57,13 @@ with tempfile.TemporaryDirectory() as folder:
     assert jnp.allclose(logits, golden["eval_logits"], rtol=1e-4, atol=1e-4)
 
     # Each needs more than this install has: one line that says what to install.
-    for module, *arguments in (
-        ("predict", "--checkpoint", str(weights), "--model", "cifar_resnet20", str(weights)),
-        ("demo", "--checkpoint", str(weights), "--model", "cifar_resnet20", "--port", "0"),
+    for module, extra, *arguments in (
+        ("predict", "predict", "--checkpoint", str(weights), "--model", "cifar_resnet20", str(weights)),
+        ("demo", "demo", "--checkpoint", str(weights), "--model", "cifar_resnet20", "--port", "0"),
     ):
         command = [sys.executable, "-m", f"simam_jax.{module}", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert "pip install 'simam-jax[predict]'" in result.stderr, result.stderr
+        assert f"pip install 'simam-jax[{extra}]'" in result.stderr, result.stderr
 
 print(f"The bare install works: {', '.join(sorted(installed))}.")

@@ -36,11 +36,23 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, required: bool = F
     )
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Adds the arguments of `load_predictor`; with `several` there may be more than one checkpoint."""
+def add_checkpoint_arguments(
+    parser: argparse.ArgumentParser, *, several: bool = False, default: str | None = None
+) -> None:
+    """Adds the arguments of `load_predictor`.
+
+    Args:
+        parser: takes the arguments.
+        several: whether there may be more than one checkpoint.
+        default: the checkpoint where none is named; None: one must be named.
+    """
     more, action = ("; again for a second one", "append") if several else ("", "store")
     parser.add_argument(
-        "--checkpoint", required=True, action=action, help=f"a workdir, a checkpoint in it, or a .pth.tar{more}"
+        "--checkpoint",
+        required=default is None,
+        default=default,
+        action=action,
+        help=f"a workdir, a checkpoint in it, or a .pth.tar{more}",
     )
     add_network_arguments(parser, of="of a .pth.tar: ")
     parser.add_argument("--class-names", help="a text file with one name a line; default: the checkpoint's")

@@ -12,6 +12,7 @@ _EXTRAS = {
     "PIL": ("pillow", "predict"),
     "clu": ("clu", "train"),
     "cv2": ("opencv-python-headless", "detection"),
+    "gradio": ("gradio", "demo"),
     "matplotlib": ("matplotlib", "predict"),
     "ml_collections": ("ml-collections", "train"),
     "onnx": ("onnx", "export"),

@@ -1,10 +1,10 @@
 """Every command once, in this process, on a small workdir: the quick look; each has a file of its own with the rest."""
 
-import http.client
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gradio
+import gradio_client
 import jax
 import numpy as np
 import pytest
@@ -59,23 +59,17 @@ def test_export_writes_a_network_that_runs(workdir, tmp_path, capsys):
     assert exported.out_avals[0].shape[1:] == (7,)
 
 
-def test_demo_answers_an_image(workdir, photographs, monkeypatch, capsys):
+def test_demo_answers_an_image(workdir, photographs, monkeypatch):
     answers = []
 
-    def one_visit(server):
-        def visit():
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-            connection.request("POST", "/look", Path(photographs[0]).read_bytes())
-            return json.loads(connection.getresponse().read())
+    def one_visit(blocks):
+        client = gradio_client.Client(blocks.local_url, verbose=False, analytics_enabled=False)
+        answers.append(client.predict(gradio_client.handle_file(photographs[0]), api_name="/classify"))
+        blocks.close(verbose=False)
 
-        with ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(visit)
-            server.handle_request()
-            answers.append(answer.result())
-
-    monkeypatch.setattr(demo.Server, "serve_forever", one_visit)
-    demo.main(["--checkpoint", str(workdir), "--port", "0"])
-    assert "cifar_resnet20 is at http://127.0.0.1:" in capsys.readouterr().out
+    monkeypatch.setattr(gradio.Blocks, "block_thread", one_visit)
+    demo.main(["--checkpoint", str(workdir)])
     (expected,) = Predictor.load(workdir)(photographs[0]).top(5)
-    assert [entry["class"] for entry in answers[0]["top"]] == [name for name, _ in expected]
-    assert answers[0]["attention"].startswith("data:image/png;base64,")
+    ((top, *pictures),) = answers
+    assert [entry["label"] for entry in top["confidences"]] == [name for name, _ in expected]
+    assert all(Path(picture).is_file() for picture in pictures)

@@ -1,46 +1,46 @@
-"""`python -m simam_jax.demo`: the real server over HTTP and, where a browser is installed, its page clicked through."""
+"""`python -m simam_jax.demo`: through Gradio's client and, where a browser is installed, its page clicked through."""
 
-import base64
-import http.client
+import dataclasses
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+import gradio_client
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, wait_for
+from processes import ROOT, free_port, wait_for
 from sklearn.datasets import load_sample_images
 from trained import preprocessing, variables_of
 
 import simam_jax
 from simam_jax import demo
 from simam_jax.classification.predictions import SHOWN
+from simam_jax.detection.detections import Detections
 from simam_jax.inference import Predictor
-from simam_jax.ops.images import normalize
+from simam_jax.models import init_variables
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0])
+SIZES = simam_jax.DetectionPreprocessing(64, 96)
+FILE = {"_type": "gradio.FileData"}
 
 
-def encoded(image, kind="JPEG", **options) -> bytes:
+def encoded(image, kind="JPEG") -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, kind)
     return buffer.getvalue()
-
-
-def decoded(url) -> Image.Image:
-    kind, data = url.split(",")
-    assert kind == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
 def png_that_claims(width, height) -> bytes:
@@ -49,161 +49,231 @@ def png_that_claims(width, height) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-@pytest.fixture(scope="module")
-def predictor(workdir):
-    return Predictor.load(workdir)
+def detector(kind) -> Predictor:
+    """A detector that finds things: its scores are spread."""
+    model = simam_jax.create_model(f"{kind}_rcnn_tiny_fpn", num_classes=3)
+    variables = init_variables(model, jax.random.key(0))
+    for head, layer in (("rpn_head", "rpn_cls"), ("bbox_head", "fc_cls"), ("bbox_head", "fc_reg")):
+        variables["params"][head][layer]["kernel"] *= 30
+    return Predictor(model, variables, SIZES, ["cat", "dog", "bird"])
+
+
+@pytest.fixture
+def serve():
+    """Serves a predictor's page in this process; Gradio's client of it."""
+    started = []
+
+    def start(predictor):
+        started.append(demo.page(predictor))
+        _, url, _ = started[-1].launch(prevent_thread_lock=True, **demo.LAUNCH)
+        return gradio_client.Client(url, verbose=False, analytics_enabled=False)
+
+    yield start
+    for blocks in started:
+        blocks.close(verbose=False)
 
 
 @pytest.fixture(scope="module")
-def address(workdir):
-    """Host and port of a demo in a process of its own, which Ctrl-C ends in good order when all is done."""
+def space(workdir, tmp_path_factory):
+    """The address of the demo as a Space runs it: the file alone, and variables. Ctrl-C ends it in good order."""
+    folder = tmp_path_factory.mktemp("space")
+    shutil.copy(demo.__file__, folder / "app.py")
+    shutil.copytree(workdir, folder / "network")
+    (folder / "watched.py").write_text(
+        "import runpy, sys\n"
+        "asked = ('socket.connect', 'socket.getaddrinfo')\n"
+        "sys.addaudithook(lambda event, args: event in asked and print(args, flush=True))\n"
+        "runpy.run_path('app.py', run_name='__main__')\n"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "simam_jax.demo", "--checkpoint", str(workdir), "--port", "0"],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        [sys.executable, "watched.py"],
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        | {"SIMAM_CHECKPOINT": "network", "GRADIO_SERVER_PORT": str(free_port())},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    line = process.stdout.readline()
-    assert line.startswith("cifar_resnet20 is at http://127.0.0.1:"), line + process.stderr.read()
-    yield urlsplit(line.split()[3]).netloc
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("cifar_resnet20 is at http://127.0.0.1:"):
+            break
+    else:
+        raise AssertionError(process.stderr.read())
+    yield lines[-1].split()[3]
     process.send_signal(signal.SIGINT)
-    _, complaints = process.communicate(timeout=30)
+    rest, complaints = process.communicate(timeout=30)
     assert process.returncode == 0
     assert complaints == ""
+    assert all("127.0.0.1" in line for line in lines + rest.splitlines() if line.startswith("("))  # asked nobody else
+    assert sorted(path.name for path in folder.iterdir()) == ["app.py", "network", "watched.py"]  # and left nothing
 
 
-def ask(address, body, method="POST", path="/look", **options):
-    """Status and content of the answer."""
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.request(method, path, body, **options)
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, json.loads(content) if answer.headers["Content-Type"] == "application/json" else content
-
-
-@pytest.mark.slow
-def test_an_image_gets_its_top_five_and_where_the_attention_is(address, predictor):
-    status, seen = ask(address, encoded(PHOTOGRAPH, "PNG"))
-    assert status == 200
-    (expected,) = predictor(PHOTOGRAPH).top(5)
-    assert [entry["class"] for entry in seen["top"]] == [name for name, _ in expected]
-    np.testing.assert_allclose([entry["probability"] for entry in seen["top"]], [p for _, p in expected], rtol=1e-4)
-
-    pixels = predictor.preprocessing(PHOTOGRAPH)
-    images = normalize(pixels[None], predictor.preprocessing.mean, predictor.preprocessing.std)
-    apply = jax.jit(predictor.model.apply, static_argnames="mutable")
-    _, state = apply(predictor.variables, images, mutable="intermediates")
-    heat = np.asarray(state["intermediates"]["layer3_2"]["attention"]["weights"][0]).mean(-1)[0]
-    assert seen["layer"] == "layer3_2"
-    np.testing.assert_allclose(seen["range"], [heat.min(), heat.max()], rtol=1e-4)
-    assert seen["range"][0] < seen["range"][1]
-    shown, attention = decoded(seen["image"]), decoded(seen["attention"])
-    assert shown.size == attention.size == (SHOWN, SHOWN)
-    back = np.asarray(shown.resize((16, 16), Image.Resampling.BOX)).astype(int)
-    assert np.abs(back - pixels).mean() < 8
+def test_what_objects_cover_is_their_masks_or_their_boxes():
+    boxes = np.array([[1, 1, 3, 2], [0, 0, 2, 2], [2, 0, 4, 1]], np.float32)
+    found = Detections(boxes, np.ones(3, np.float32), np.array([1, 0, 1]), None, ("cat", "dog"))
+    covered = found.covered((2, 4), (8, 4))  # a picture twice as large
+    assert list(covered) == ["dog", "cat"]
+    assert covered["dog"][::2, ::2].tolist() == [[False, False, True, True], [False, True, True, False]]
+    assert covered["cat"][::2, ::2].tolist() == [[True, True, False, False]] * 2
+    masks = np.zeros((3, 2, 4), bool)
+    masks[2, 1, 3] = True
+    covered = dataclasses.replace(found, masks=masks).covered((2, 4), (4, 2))
+    assert not covered["cat"].any()
+    assert np.argwhere(covered["dog"]).tolist() == [[1, 3]]
+    empty = Detections(boxes[:0], np.ones(0, np.float32), np.zeros(0, int), None, ("cat", "dog"))
+    assert empty.covered((2, 4), (4, 2)) == {}
 
 
 @pytest.mark.slow
-def test_photographs_are_seen_as_everywhere_else(address):
-    stored = PHOTOGRAPH.resize((64, 64))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned by 90 degrees clockwise, which neither training nor prediction do
-    _, expected = ask(address, encoded(stored, "PNG"))
-    _, seen = ask(address, encoded(stored, "PNG", exif=turned))
-    assert seen == expected
+def test_a_classifier_says_the_top_five_and_where_it_looks(space, workdir, photographs):
+    client = gradio_client.Client(space, verbose=False, analytics_enabled=False)
+    api = client.view_api(return_format="dict")["named_endpoints"]
+    assert list(api) == ["/classify"]
+    assert api["/classify"]["description"].startswith("The five likeliest classes")
+    top, *pictures = client.predict(gradio_client.handle_file(photographs[0]), api_name="/classify")
+    (expected,) = Predictor.load(workdir)(photographs[0]).top(5)
+    assert [entry["label"] for entry in top["confidences"]] == [name for name, _ in expected]
+    np.testing.assert_allclose([e["confidence"] for e in top["confidences"]], [p for _, p in expected], rtol=1e-4)
+    assert len(pictures) == 2
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.size == (SHOWN, SHOWN)
+            assert len(np.unique(np.asarray(image.convert("RGB")))) > 100
 
 
-def test_networks_without_simam_show_no_attention():
+def test_networks_without_simam_show_grad_cam_alone():
     model = simam_jax.create_model("cifar_resnet20", num_classes=3, attention="none")
-    predictor = Predictor(model, variables_of(model), preprocessing(8))
-    seen = demo.look(predictor, encoded(PHOTOGRAPH))
-    assert seen["attention"] is None
-    assert len(seen["top"]) == 3
-    assert b"no attention, 3 classes, 8 &times; 8" in demo.page("name", predictor)
+    top, attention, cam = demo.look(Predictor(model, variables_of(model), preprocessing(8)), PHOTOGRAPH)
+    assert (len(top), attention, cam.size) == (3, None, (SHOWN, SHOWN))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask", "faster"])
+def test_a_detector_draws_what_it_finds_and_lists_it(serve, kind, photographs):
+    predictor = detector(kind)
+    client, upload = serve(predictor), gradio_client.handle_file(photographs[0])
+    (found,) = predictor([photographs[0]])
+    (drawn, table), shown = client.predict(upload, api_name="/detect"), found.chosen(0.3)
+    assert [row[0] for row in table["data"]] == shown.names
+    np.testing.assert_allclose([row[1] for row in table["data"]], shown.scores, atol=1e-3)
+    np.testing.assert_allclose([row[2:] for row in table["data"]], shown.boxes, atol=0.05)
+    assert {layer["label"] for layer in drawn["annotations"]} == set(shown.names)
+    with Image.open(drawn["image"]) as picture:
+        assert picture.size == PHOTOGRAPH.size
+    for layer in drawn["annotations"]:
+        with Image.open(layer["image"]) as image:
+            wrong = (np.asarray(image)[..., 3] > 0) != shown.covered((427, 640), (640, 427))[layer["label"]]
+        assert wrong.mean() < 1e-3
+
+    drawn, table = client.predict(upload, score=0.9, classes=["cat"], api_name="/detect")
+    assert [layer["label"] for layer in drawn["annotations"]] == ["cat"]
+    assert len(table["data"]) == len(found.chosen(0.9, ["cat"]))
+    drawn, table = client.predict(upload, score=1.1, api_name="/detect")
+    assert (drawn["annotations"], table["data"]) == ([], [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("upload", "message"),
+    ("name", "upload", "message"),
     [
-        (b"no image at all", "damaged, or of a kind that PIL does not know"),
-        (b"", "The file is empty"),
-        (encoded(PHOTOGRAPH)[:5000], "truncated"),
-        (encoded(PHOTOGRAPH, "PNG")[:5000], "truncated"),
-        (png_that_claims(40_000, 40_000), "pixels"),
-        (png_that_claims(14_000, 14_000), "pixels"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "damaged, or of a kind that PIL does not know"),
+        ("text.jpg", b"no image at all", "text.jpg cannot be read as an image: it is damaged, or of a kind that PIL"),
+        ("nothing.jpg", b"", "nothing.jpg cannot be read as an image"),
+        ("half.jpg", encoded(PHOTOGRAPH)[:5000], "half.jpg cannot be read as an image: .*truncated"),
+        ("half.png", encoded(PHOTOGRAPH, "PNG")[:5000], "half.png cannot be read as an image: .*truncated"),
+        ("bomb.png", png_that_claims(30_000, 30_000), "bomb.png cannot be read as an image: .*900000000 pixels"),
+        ("small.png", png_that_claims(14_000, 14_000), "small.png cannot be read as an image: .*pixels"),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing.svg cannot be read as an image"),
+        ("large.jpg", bytes(demo.LAUNCH["max_file_size"] + 1), "exceeds the maximum file size"),
     ],
-    ids=["text", "nothing", "half a JPEG", "half a PNG", "a bomb", "a smaller bomb", "an SVG"],
+    ids=lambda value: value if isinstance(value, str) and "." in value[:12] else "",
 )
-def test_bad_uploads_get_a_message(address, upload, message):
-    status, answer = ask(address, upload)
-    assert status == 400
-    assert message in answer["error"]
+def test_what_is_no_image_gets_a_message(space, tmp_path, name, upload, message):
+    client = gradio_client.Client(space, verbose=False, analytics_enabled=False)
+    (tmp_path / name).write_bytes(upload)
+    with pytest.raises(Exception, match=message) as error:
+        client.predict(gradio_client.handle_file(str(tmp_path / name)), api_name="/classify")
+    assert "gradio/" not in str(error.value)  # where the server keeps uploads
+
+
+def post(address, path, body, kind="application/json"):
+    request = urllib.request.Request(f"{address}gradio_api/{path}", body, {"Content-Type": kind})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def join(address, photograph) -> str:
+    """The number of a raw request, now in the queue."""
+    return post(address, "call/classify", json.dumps({"data": [photograph]}).encode())["event_id"]
+
+
+def call(address, photograph) -> str:
+    """What the endpoint answers to a raw request."""
+    with urllib.request.urlopen(f"{address}gradio_api/call/classify/{join(address, photograph)}") as answer:
+        return answer.read().decode()
 
 
 @pytest.mark.slow
-def test_large_uploads_are_refused_and_those_without_a_length(address):
-    status, answer = ask(address, bytes(demo.MAX_BYTES + 1))
-    assert (status, answer["error"]) == (413, "The file is larger than 20 MB: make the image smaller first.")
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.putrequest("POST", "/look")
-    connection.endheaders()
-    answer = connection.getresponse()
-    assert answer.status == 411
-    assert "how long it is" in json.loads(answer.read())["error"]
-    connection.close()
+def test_files_of_the_machine_are_nobodys_business(space, photographs):
+    for path in (photographs[0], "/etc/passwd", "http://localhost/image.png"):
+        for more in ({}, {"meta": FILE}):
+            assert "event: error" in call(space, {"path": path} | more)
+    assert "was not uploaded" in call(space, {"path": photographs[0]})
+    assert "was not uploaded" in call(space, {"path": None, "url": "data:image/png;base64,AAAA"})
+    for path in (photographs[0], "/etc/passwd", str(ROOT / "README.md")):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{space}gradio_api/file={path}")
 
 
 @pytest.mark.slow
-def test_the_page_needs_nothing_else_and_other_paths_are_not_there(address):
-    status, page = ask(address, None, "GET", "/")
-    assert status == 200
-    assert b"<h1>cifar_resnet20</h1>" in page
-    assert b"SimAM, 7 classes, 16 &times; 16 pixels" in page
-    assert b"http" not in page
-    assert b"{{" not in page
-    for method, path in (("GET", "/etc/passwd"), ("GET", "/look"), ("POST", "/")):
-        status, answer = ask(address, b"", method, path)
-        assert status == 404
-        assert answer["error"]
+def test_fifty_at_once_are_answered_and_too_many_are_told_so(space, photographs):
+    client = gradio_client.Client(space, verbose=False, analytics_enabled=False)
+    jobs = [client.submit(gradio_client.handle_file(photographs[i % 2]), api_name="/classify") for i in range(50)]
+    answers = [job.result(timeout=300) for job in jobs]
+    for i, (top, *pictures) in enumerate(answers):
+        assert (top, len(pictures)) == (answers[i % 2][0], 2)
+    assert answers[0][0] != answers[1][0]
+
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n%s\r\n--x--\r\n'
+    (path,) = post(space, "upload", part % encoded(PHOTOGRAPH), "multipart/form-data; boundary=x")
+
+    def try_to_join(_):
+        try:
+            return join(space, {"path": path, "meta": FILE})
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+
+    with ThreadPoolExecutor(50) as threads:
+        told = list(threads.map(try_to_join, range(200)))
+    assert sum("Queue is full. Max size is 64" in answer for answer in told) > 50
+    assert "event: complete" in call(space, {"path": path, "meta": FILE})  # and goes on
 
 
 @pytest.mark.slow
-def test_clients_at_the_same_time_and_clients_that_leave(address):
-    upload = encoded(PHOTOGRAPH)
-    leaving = http.client.HTTPConnection(address)
-    leaving.request("POST", "/look", upload[:-1], headers={"Content-Length": str(len(upload))})
-    leaving.close()
-    with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda _: ask(address, upload), range(8)))
-    assert [status for status, _ in answers] == [200] * 8
-    assert all(seen == answers[0][1] for _, seen in answers)
-
-
-@pytest.mark.slow
-def test_wrong_requests_are_errors(address, workdir):
-    port = address.split(":")[1]
-    with pytest.raises(simam_jax.UserError, match=rf"127\.0\.0\.1:{port}: .*in use.* Name another --port"):
-        demo.main(["--checkpoint", str(workdir), "--port", port])
-    with pytest.raises(simam_jax.UserError, match=r"Nothing can listen at 127\.0\.0\.1:70000"):
+def test_wrong_requests_are_errors(workdir, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(simam_jax.UserError, match=rf"Nothing can listen at --host=None --port={port}"):
+            demo.main(["--checkpoint", str(workdir), "--port", port])
+    with pytest.raises(simam_jax.UserError, match=r"Nothing can listen at --host=None --port=70000"):
         demo.main(["--checkpoint", str(workdir), "--port", "70000"])
     with pytest.raises(simam_jax.UserError, match="no such folder"):
-        demo.main(["--checkpoint", str(workdir / "nothing"), "--port", "0"])
+        demo.main(["--checkpoint", str(tmp_path / "nothing")])
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+needs_browser = pytest.mark.skipif(
+    not (BROWSER and shutil.which("chromedriver")), reason="no chromium with chromedriver is installed"
+)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (BROWSER and shutil.which("chromedriver")), reason="no chromium with chromedriver is installed")
-def test_the_page_in_a_browser(address, predictor, tmp_path):
+@pytest.fixture
+def browser(tmp_path):
     from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
 
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
@@ -211,41 +281,117 @@ def test_the_page_in_a_browser(address, predictor, tmp_path):
         options.add_argument(f"--{flag}")
     for flag in ("disable-background-networking", "disable-component-update", f"user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-
-    def element(name):
-        return driver.find_element(By.ID, name)
-
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        driver.get(f"http://{address}")
-        drop = """const carried = new DataTransfer();
-            carried.items.add(new File([arguments[1]], arguments[0]));
-            document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: carried, bubbles: true, cancelable: true}));"""
+    yield driver
+    driver.quit()
 
-        driver.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
-        assert driver.switch_to.active_element == element("file")  # the keyboard reaches it
-        assert not element("result").is_displayed()
 
-        PHOTOGRAPH.save(tmp_path / "temple.jpg")
-        element("file").send_keys(str(tmp_path / "temple.jpg"))
-        wait_for(lambda: element("result").is_displayed(), 60)
-        shown = [row.text.splitlines() for row in driver.find_elements(By.CSS_SELECTOR, "#top li")]
-        (expected,) = predictor(tmp_path / "temple.jpg").top(5)
-        assert shown == [[name, f"{100 * probability:.1f} %"] for name, probability in expected]
-        assert element("layer").text == "layer3_2"
-        for picture in ("image", "attention"):
-            loaded = "return arguments[0].complete && arguments[0].naturalWidth"
-            assert driver.execute_script(loaded, element(picture)) == SHOWN
-        assert not driver.get_log("browser")
+class Page:
+    """The page of a demo in a browser."""
 
-        driver.execute_script(drop, "notes.jpg", "no image")
-        wait_for(lambda: "notes.jpg: This is no image" in element("alert").text, 60)
-        assert not element("result").is_displayed()
-        driver.execute_script(drop, "huge.jpg", "x" * (demo.MAX_BYTES + 1))
-        wait_for(lambda: "huge.jpg: The file is larger than 20 MB" in element("alert").text, 60)
-        element("file").send_keys(str(tmp_path / "temple.jpg"))  # and back again
-        wait_for(lambda: element("result").is_displayed(), 60)
-        assert element("alert").text == ""
-    finally:
-        driver.quit()
+    def __init__(self, driver, address, width):
+        driver.set_window_size(width, 900)
+        driver.get(address)
+        self.driver, self.address = driver, address
+        wait_for(lambda: self.all("input[type=file]"), 60)
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def texts(self, selector):
+        """The texts at a place, [] while they are being replaced."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        try:
+            return [element.text for element in self.all(selector)]
+        except StaleElementReferenceException:
+            return []
+
+    def upload(self, path):
+        self.all("input[type=file]")[0].send_keys(str(path))
+
+    def fits(self) -> bool:
+        return self.driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+    def asked(self) -> set[str]:
+        """The hosts that were asked for anything, but for the browser's own pages."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        sent += [e["params"]["url"] for e in events if e["method"] == "Network.webSocketCreated"]
+        return {urlsplit(url).netloc for url in sent if not url.startswith(("chrome://", "data:", "blob:"))}
+
+    def overlays(self) -> int:
+        """How many pictures of where the network looks are shown."""
+        return sum(name.split("/")[-1] == "image.webp" for name in map(self.source, self.all("img")))
+
+    def source(self, image) -> str:
+        return image.get_attribute("src") or ""
+
+    def message(self) -> str:
+        return "".join(self.texts("[data-testid='toast-body']"))
+
+    def remove(self):
+        """Removes the image, and the messages."""
+        for button in self.all("[data-testid='toast-close'], button[aria-label='Remove Image']"):
+            button.click()
+        wait_for(lambda: self.all("input[type=file]") and not self.message(), 60)
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_a_classifier_in_a_browser(space, workdir, photographs, browser, tmp_path, width):
+    page = Page(browser, space, width)
+    assert page.texts("h1") == ["cifar_resnet20"]
+    assert len(page.all("button.gallery-item")) == 2  # the examples
+    page.upload(photographs[0])
+    wait_for(lambda: page.overlays() == 2, 60)
+    (expected,) = Predictor.load(workdir)(photographs[0]).top(5)
+    shown = [text.split("\n")[0] for text in page.texts("[data-testid$='-confidence-set']")]
+    assert shown == [name for name, _ in expected]
+    assert page.fits()
+
+    page.remove()
+    (tmp_path / "text.jpg").write_text("no image at all")
+    page.upload(tmp_path / "text.jpg")
+    wait_for(lambda: "text.jpg cannot be read as an image: it is damaged" in page.message(), 60)
+    page.remove()
+    (tmp_path / "large.jpg").write_bytes(bytes(demo.LAUNCH["max_file_size"] + 1))
+    page.upload(tmp_path / "large.jpg")
+    wait_for(lambda: "exceed the maximum allowed size of 20.0 Mb" in page.message(), 60)
+
+    page = Page(browser, space, width)
+    page.all("button.gallery-item")[1].click()  # an example, the flower
+    wait_for(lambda: page.overlays() == 2, 60)
+    (expected,) = Predictor.load(workdir)(photographs[1]).top(5)
+    wait_for(lambda: page.texts("[data-testid$='-confidence-set']")[0].split("\n")[0] == expected[0][0], 60)
+    assert page.asked() == {urlsplit(space).netloc}
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_a_detector_in_a_browser(serve, photographs, browser, width):
+    predictor = detector("mask")
+    page = Page(browser, serve(predictor).src, width)
+    page.upload(photographs[0])
+    wait_for(lambda: page.all("button.legend-item"), 60)
+    (found,) = predictor([photographs[0]])
+    assert page.texts("button.legend-item") == list(dict.fromkeys(found.chosen(0.3).names)) == ["cat", "bird"]
+    assert page.fits()
+
+    def click(name):
+        (button,) = [button for button in page.all("button.legend-item") if button.text == name]
+        browser.execute_script("arguments[0].click()", button)
+
+    click("bird")
+    wait_for(lambda: page.texts("button.legend-item") == ["bird"], 60)
+    click("bird")
+    wait_for(lambda: page.texts("button.legend-item") == ["cat", "bird"], 60)
+    slider = page.all("input[type=range]")[0]
+    browser.execute_script(
+        "arguments[0].value = 1; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));", slider
+    )
+    wait_for(lambda: not page.all("button.legend-item"), 60)
+    assert page.asked() == {urlsplit(page.address).netloc}

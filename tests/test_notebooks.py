@@ -51,3 +51,12 @@ def test_from_pytorch(executed):
     assert float(text.partition("largest difference ")[2].split()[0]) < 1e-4  # float32, logits of a few units
     assert "Finished. eval top-1" in text
     assert "linear.weight': (10, 64)" in text
+
+
+@pytest.mark.slow  # three minutes of training, on a free machine
+def test_detection(executed):
+    text, pictures = executed("detection.ipynb")
+    assert text.count("Finished. eval box AP") == 2
+    assert float(text.partition("bbox AP ")[2].partition(",")[0]) > 5
+    assert "Training can start." in text
+    assert len(pictures) == 4

@@ -13,7 +13,7 @@ def load_split() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The digits, uint8 (1797, 8, 8, 1), white on black; their labels; and which are for the test, bool."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     # Evenly over the whole collection: its writers come one after the other.
     test = np.zeros(len(labels), bool)
     for digit in range(10):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simam_jax.detection.drawing import Drawn, class_colour, draw_objects
+from simam_jax.detection.drawing import Drawn, class_colour, draw_objects, resized
 from simam_jax.detection.evaluation import encode
 from simam_jax.detection.masks import Masks
 from simam_jax.errors import unknown
@@ -95,6 +95,22 @@ class Detections:
         keep = (self.scores >= score) & wanted[self.labels]
         masks = None if self.segmentation is None else self.segmentation[keep]
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], masks, self.class_names)
+
+    def covered(self, size: tuple[int, int], picture: tuple[int, int]) -> dict[str, np.ndarray]:
+        """What the objects of each class cover: (height, width) bool of a picture, by the name of the class.
+
+        It is what their masks cover or, where the network has none, their boxes.
+
+        Args:
+            size: height and width of the image.
+            picture: width and height of the picture, as `draw` makes one of the image.
+        """
+        y, x = np.ogrid[: size[0], : size[1]]
+        covered: dict[str, np.ndarray] = {}
+        for i, (name, (x1, y1, x2, y2)) in enumerate(zip(self.names, self.boxes, strict=True)):
+            box = (x1 <= x) & (x < x2) & (y1 <= y) & (y < y2)
+            covered[name] = covered.get(name, False) | (box if self.segmentation is None else self.segmentation[i])
+        return {name: resized(mask, picture) for name, mask in covered.items()}
 
     def lines(self) -> list[str]:
         """The objects as text: ` 97.03 %  name  x1 y1 x2 y2`."""

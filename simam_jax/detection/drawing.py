@@ -68,7 +68,7 @@ def draw_objects(pixels: np.ndarray, objects: Sequence[Drawn], longest: int | No
     texts = [each.text for each in objects]
     font = _font(_font_size(texts, size))
     line = max(1, round(font.size / 7))
-    masks = ((_resized(each.mask(), size), each.colour) for each in reversed(objects) if each.mask is not None)
+    masks = ((resized(each.mask(), size), each.colour) for each in reversed(objects) if each.mask is not None)
     _lay_over(canvas, masks, line)
     image = Image.fromarray(canvas)
     pen = ImageDraw.Draw(image)
@@ -167,7 +167,7 @@ def _eroded(mask: np.ndarray, width: int) -> np.ndarray:
     return padded
 
 
-def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The mask in a picture of that width and height."""
     if mask.shape == size[::-1]:
         return mask
