@@ -14,6 +14,7 @@ from simam_jax.ops.boxes import exact_product
 from simam_jax.ops.dispatch import varying_as
 
 SIZE = 28  # of a mask as the head sees it
+THRESHOLD = 0.5  # probability from which a pixel is the object's
 _TILE = (64, 128)  # pixels of a bitmap that one step reads
 
 
@@ -120,7 +121,9 @@ def _targets_by_tiles(
 
 
 @partial(jax.jit, static_argnames=("size", "threshold"))
-def paste(probabilities: jax.Array, boxes: jax.Array, *, size: tuple[int, int], threshold: float = 0.5) -> jax.Array:
+def paste(
+    probabilities: jax.Array, boxes: jax.Array, *, size: tuple[int, int], threshold: float = THRESHOLD
+) -> jax.Array:
     """Packed bits (D, H, ceil(W / 8)): where a mask, stretched over its box, is at least `threshold`.
 
     Args:
