@@ -19,9 +19,9 @@ from simam_jax import (
     UserError,
     checkpoints,
     create_model,
-    export,
     predict,
     summary,
+    visualize,
     weights,
 )
 from simam_jax.convert import write_state
@@ -352,8 +352,9 @@ def test_the_summary_has_the_reference_implementations_counts(capsys):
         assert f"{count:,}" in table[part]
 
 
-def test_commands_for_classifiers_say_so(predictor, tmp_path):
+def test_commands_for_classifiers_say_so(predictor, photographs, tmp_path):
     spec = {"task": "detection", "model": predictor.model.spec()}
     checkpoints.write_weights(tmp_path / "run", spec, predictor.variables)
+    wish = ["grad-cam", "--checkpoint", str(tmp_path / "run"), photographs[0], "--output", str(tmp_path / "cam.png")]
     with pytest.raises(UserError, match="is a detector, and this command is for classifiers"):
-        export.main(["--checkpoint", str(tmp_path / "run"), "--format", "stablehlo", str(tmp_path / "file")])
+        visualize.main(wish)

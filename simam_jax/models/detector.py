@@ -90,7 +90,7 @@ class Detector(Network, kw_only=True):
         sizes = sizes_of(images, extent, image_size)
         found = self.proposals(levels, self.rpn(levels, extent), sizes, before_nms=BEFORE_NMS)
         logits, deltas = self.boxes(levels, sizes, found.boxes, _first(found.boxes, found.count))
-        scale = jnp.ones((len(images), 4)) if scale is None else jnp.asarray(scale, jnp.float32)
+        scale = jnp.ones((images.shape[0], 4)) if scale is None else jnp.asarray(scale, jnp.float32)
         detections = jax.vmap(detect)(logits, deltas, found.boxes, found.count, sizes.image, scale)
         if not self.masks:
             return detections
@@ -169,7 +169,7 @@ def sizes_of(images: jax.Array, extent: ArrayLike | None, image_size: ArrayLike 
     """The sizes of images (N, H, W, 3), from what is known of them."""
     whole = _checked(extent, images, "extent")
     if whole is None:
-        whole = jnp.broadcast_to(jnp.array(images.shape[1:3], jnp.int32), (len(images), 2))
+        whole = jnp.broadcast_to(jnp.array(images.shape[1:3], jnp.int32), (images.shape[0], 2))
     image = _checked(image_size, images, "image_size")
     return Sizes(whole, whole if image is None else image)
 
@@ -183,8 +183,8 @@ def _checked(size: ArrayLike | None, images: jax.Array, name: str) -> jax.Array 
     if size is None:
         return None
     size = jnp.asarray(size, jnp.int32)
-    if size.shape != (len(images), 2):
-        raise UserError(f"The {name} of images {images.shape} must be ({len(images)}, 2), got {size.shape}.")
+    if size.shape != (images.shape[0], 2):
+        raise UserError(f"The {name} of images {images.shape} must be ({images.shape[0]}, 2), got {size.shape}.")
     return size
 
 

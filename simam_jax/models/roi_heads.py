@@ -17,7 +17,7 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = features.reshape(len(features), -1)
+        x = features.reshape(features.shape[0], -1)
         for i in range(2):
             x = nn.relu(Linear(self.hidden, kernel_init=xavier_uniform, bias_init=zeros, name=f"shared_fcs_{i}")(x))
         logits = Linear(self.num_classes + 1, kernel_init=Initializer("normal", 0.01), bias_init=zeros, name="fc_cls")

@@ -40,6 +40,6 @@ class RPNHead(nn.Module):
         logits, deltas = [], []
         for x, stride in zip(levels, STRIDES, strict=True):
             y = nn.relu(shared(x, at_stride(extent, stride)))
-            logits.append(objectness(y).reshape(len(x), -1))
-            deltas.append(box(y).reshape(len(x), -1, 4))
+            logits.append(objectness(y).reshape(x.shape[0], -1))
+            deltas.append(box(y).reshape(x.shape[0], -1, 4))
         return RPNOutputs(logits, deltas)

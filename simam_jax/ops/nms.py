@@ -9,6 +9,7 @@ from jax import lax
 
 from simam_jax.ops.boxes import exact_product, iou
 from simam_jax.ops.dispatch import varying_as
+from simam_jax.ops.top_k import top_k
 
 
 class Form(NamedTuple):
@@ -75,7 +76,7 @@ def nms(
         return (state.count < most) & (state.left > -jnp.inf).any()
 
     def next_segment(state: _State) -> _State:
-        best, places = lax.top_k(state.left, segment)
+        best, places = top_k(state.left, segment)
         num = (best > -jnp.inf).sum(dtype=jnp.int32)
         ordered = jnp.where(best > -jnp.inf, moved[places].T, 0)
 

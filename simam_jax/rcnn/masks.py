@@ -14,6 +14,7 @@ from simam_jax.ops.boxes import exact_product
 from simam_jax.ops.dispatch import varying_as
 
 SIZE = 28  # of a mask as the head sees it
+THRESHOLD = 0.5  # probability from which a pixel is the object's
 _TILE = (64, 128)  # pixels of a bitmap that one step reads
 
 
@@ -126,7 +127,7 @@ def paste(
     corner: jax.Array | tuple[int, int] = (0, 0),
     *,
     size: tuple[int, int],
-    threshold: float = 0.5,
+    threshold: float = THRESHOLD,
 ) -> jax.Array:
     """Packed bits (D, H, ceil(W / 8)): where a mask, stretched over its box, is at least `threshold`.
 

@@ -10,9 +10,11 @@ from jax import lax
 
 from simam_jax.ops.boxes import clip, decode
 from simam_jax.ops.nms import nms
+from simam_jax.ops.top_k import top_k
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+MIN_SCORE, MAX_IOU, MOST = 0.05, 0.5, 100  # of the final detections
 
 
 class Proposals(NamedTuple):
@@ -56,7 +58,7 @@ def propose(
     for level, (logit, delta, anchor, inside) in enumerate(zip(logits, deltas, anchors, valid, strict=True)):
         score = jnp.where(inside, jax.nn.sigmoid(logit.astype(jnp.float32)), -1)
         if score.shape[0] > before_nms:
-            score, best = lax.top_k(score, before_nms)
+            score, best = top_k(score, before_nms)
             delta, anchor = delta[best], anchor[best]
         box = clip(decode(anchor, delta.astype(jnp.float32), RPN_STDS), image_size)
         parts.append((box, score, jnp.full(score.shape, level)))
@@ -78,9 +80,9 @@ def detect(
     image_size: jax.Array,
     scale: jax.Array,
     *,
-    score_threshold: float = 0.05,
-    iou_threshold: float = 0.5,
-    most: int = 100,
+    score_threshold: float = MIN_SCORE,
+    iou_threshold: float = MAX_IOU,
+    most: int = MOST,
 ) -> Detections:
     """The final detections: every class above the threshold, suppressed class by class, the best `most`.
 

@@ -1,30 +1,24 @@
-"""A trained network as one file for other programs: `python -m simam_jax.export`.
+"""A trained classifier as one file for other programs.
 
 The exported network takes pixels as `Preprocessing` gives them, uint8 (N, image_size, image_size, 3) with any N,
 normalises them itself and returns logits, float32 (N, classes).
 """
 
-import argparse
 import functools
-import importlib.util
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simam_jax import errors
-from simam_jax.command_line import add_checkpoint_arguments, load_classifier
-from simam_jax.paths import local
+from simam_jax.export.files import PLATFORMS, check, complete
 
 if TYPE_CHECKING:
     from simam_jax.inference import ClassifierPredictor
 
-PLATFORMS = ("cpu", "cuda", "tpu")  # stablehlo and saved_model are lowered for each
 TOLERANCE = 1e-4  # of the difference that `export` returns
 
 Network = Callable[[Any], Any]  # from pixels to logits: JAX's arrays while it is traced, NumPy's when it is run again
@@ -47,35 +41,11 @@ def export(predictor: "ClassifierPredictor", format: str, output: str | Path) ->
         UserError: no such format, a package is missing, `output` exists or cannot be written, or the logits differ.
     """
     check(format, output)
-    output, network, size = local(output), _network(predictor), predictor.preprocessing.image_size
-    how = FORMATS[format]
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            written = Path(folder) / output.name
-            how.write(network, size, written)
-            difference = _difference(network, how.read(written), size)
-            os.rename(written, output)
-    except OSError as error:
-        raise errors.UserError(f"{output} cannot be written: {error}") from error
-    return difference
-
-
-def check(format: str, output: str | Path) -> None:
-    """Checks what can be checked before the network is loaded.
-
-    Raises:
-        UserError: no such format, a package is missing, or `output` exists or has no folder.
-    """
-    if format not in FORMATS:
-        raise errors.unknown("format", format, FORMATS)
-    missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise errors.missing_package(" and ".join(missing), FORMATS[format].extra, f"The format {format}")
-    output = local(output)
-    if os.path.lexists(output):
-        raise errors.UserError(f"{output} exists already: nothing was written. Name another output.")
-    if not output.parent.is_dir():
-        raise errors.UserError(f"There is no folder {output.parent} to write {output.name} into.")
+    network, size = _network(predictor), predictor.preprocessing.image_size
+    write, read = _HOW[format]
+    with complete(output) as written:
+        write(network, size, written)
+        return _difference(network, read(written), size)
 
 
 def write_stablehlo(network: Network, image_size: int, path: Path) -> None:
@@ -130,19 +100,10 @@ def read_onnx(path: Path) -> Network:
     return lambda pixels: session.run(["logits"], {"pixels": pixels})[0]
 
 
-class Format(NamedTuple):
-    """How a format is written, how it is read for the comparison, which packages both need, and pip's extra with them."""
-
-    write: Callable[[Network, int, Path], None]
-    read: Callable[[Path], Network]
-    packages: tuple[str, ...] = ()
-    extra: str = "export"
-
-
-FORMATS = {
-    "stablehlo": Format(write_stablehlo, read_stablehlo),
-    "saved_model": Format(write_saved_model, read_saved_model, ("tensorflow",), "train"),
-    "onnx": Format(write_onnx, read_onnx, ("onnx", "onnxruntime")),
+_HOW: dict[str, tuple[Callable[[Network, int, Path], None], Callable[[Path], Network]]] = {
+    "stablehlo": (write_stablehlo, read_stablehlo),
+    "saved_model": (write_saved_model, read_saved_model),
+    "onnx": (write_onnx, read_onnx),
 }
 
 
@@ -165,27 +126,3 @@ def _difference(network: Network, exported: Network, image_size: int) -> float:
             f"The exported network's logits differ by {difference:.1e}, more than {TOLERANCE:.0e}: nothing was written."
         )
     return difference
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m simam_jax.export",
-        description="Writes a trained network for other programs, from uint8 pixels (N, S, S, 3) to logits, for any N.",
-    )
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("output", help="a new file; for saved_model a new folder")
-    args = parser.parse_args(argv)
-    check(args.format, args.output)
-    predictor = load_classifier(args)
-    print(f"Writing {args.output}, then running it beside the network ...", flush=True)
-    difference = export(predictor, args.format, args.output)
-    size = predictor.preprocessing.image_size
-    print(
-        f"{args.output}: uint8 (N, {size}, {size}, 3) to float32 (N, {len(predictor.class_names)}); "
-        f"its logits differ by at most {difference:.1e}"
-    )
-
-
-if __name__ == "__main__":
-    errors.run_cli(main)
