@@ -126,7 +126,7 @@ def test_a_classifier_looks_at_frames(workdir, clip, capsys):
     assert predict.main(["--checkpoint", str(workdir), str(clip), "--json"]) == 0
     printed = capsys.readouterr()
     assert [json.loads(line)["image"] for line in printed.out.splitlines()] == [f"{clip}#{i}" for i in range(5)]
-    assert "5 images in 0:" in printed.err
+    assert "5 images in " in printed.err
 
 
 def test_every_is_a_number_of_frames(look, clip):
