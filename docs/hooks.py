@@ -15,6 +15,8 @@ def on_page_content(html: str, **_of: Any) -> str:
 
     def as_mathml(match: re.Match[str]) -> str:
         tex = match["tex"].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").strip()
-        return convert(tex, display="block" if match["kind"] == "[" else "inline")
+        display = "block" if match["kind"] == "[" else "inline"
+        # The element stays: the theme lets the wide ones scroll on narrow screens.
+        return f'<{match["tag"]} class="arithmatex">{convert(tex, display=display)}</{match["tag"]}>'
 
     return _FORMULA.sub(as_mathml, html)
