@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from simam_jax import DetectionPreprocessing, UserError, checkpoints, create_model, export, to_onnx
@@ -149,13 +150,17 @@ def test_a_fresh_process_finds_what_predictor_finds(format, mask_rcnn, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_faster_rcnn_has_no_masks(tmp_path):
-    predictor = detector("faster_rcnn_tiny_fpn")
-    found = detectors.export(predictor, "stablehlo", tmp_path / "exported", [(64, 64)], [FLOWER[:300, :300]])
-    assert found.images == 3 + 1  # the fourth fills up a batch
-    assert found.objects > 0
-    assert found.masks == 0
-    about = json.loads((tmp_path / "exported" / "about.json").read_text())
+def test_a_faster_rcnn_in_one_size_is_compared_on_a_photograph(tmp_path, capsys):
+    run, output = write_workdir(detector("faster_rcnn_tiny_fpn"), tmp_path / "run"), tmp_path / "exported"
+    Image.fromarray(FLOWER[:300, :300]).save(tmp_path / "flower.png")
+    wishes = ["--format", "stablehlo", "--size", "64x64", "--compare", str(tmp_path / "flower.png")]
+    export.main(["--checkpoint", run, *wishes, str(output)])
+    printed = capsys.readouterr().out
+    assert "objects in 3 images differ by at most" in printed
+    for size in ("64x96", "96x64"):
+        assert f"the largest images, which need {size}, fit into none of its sizes" in printed
+    assert {path.name for path in output.iterdir()} == {"64x64.stablehlo", "about.json"}
+    about = json.loads((output / "about.json").read_text())
     assert "mask" not in about["thresholds"]
     assert "masks" not in about["outputs"]
 

@@ -4,6 +4,8 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simam_jax import errors
 from simam_jax.command_line import add_checkpoint_arguments, find_images, load_predictor
 from simam_jax.export import classifiers, detectors
@@ -83,6 +85,9 @@ def _detector(predictor: "DetectorPredictor", format: str, output: str, sizes, p
     sizes = sizes or detectors.default_sizes(predictor.preprocessing)
     shapes = ", ".join(f"{height}x{width}" for height, width in sizes)
     print(f"{output}: for images padded to {shapes}; classes, preprocessing, thresholds are in its {detectors.ABOUT}")
+    for size in detectors.default_sizes(predictor.preprocessing):
+        if not any(np.greater_equal(other, size).all() for other in sizes):
+            print(f"the largest images, which need {size[0]}x{size[1]}, fit into none of its sizes")
     if found.objects:
         print(
             f"its {found.objects} objects in {found.images} images differ by at most {found.boxes:.1e} pixels, "

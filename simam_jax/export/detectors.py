@@ -234,9 +234,8 @@ def _images(
         height, width = pixels.shape[:2]
         fitting = [size for size in sizes if size[0] >= height and size[1] >= width]
         if not fitting:
-            raise errors.UserError(
-                f"{photograph} is resized to {height}x{width}, which fits into no size of the export."
-            )
+            name = photograph if isinstance(photograph, str | Path) else "A photograph"
+            raise errors.UserError(f"{name} is resized to {height}x{width}, which fits into no size of the export.")
         images[fitting[0]].append(pixels)
     return images
 
@@ -245,12 +244,15 @@ def _run(
     network: Callable[[Any, Any], Found], exported: Callable[[Any, Any], Found], images: dict[Size, list[np.ndarray]]
 ) -> Iterator[tuple[Found, Found]]:
     """What both find, two images at a time."""
-    with jax.default_device("cpu"):  # where float32 is not shortened
-        for size, members in images.items():
-            for i in range(0, len(members), 2):
-                pixels, extent = np.zeros((2, *size, 3), np.uint8), np.zeros((2, 2), np.int32)
-                for row, image in enumerate(members[i : i + 2]):
-                    extent[row] = image.shape[:2]
-                    pixels[row, : image.shape[0], : image.shape[1]] = image
+    for size, members in images.items():
+        for i in range(0, len(members), 2):
+            pair = members[i : i + 2]
+            pixels, extent = np.zeros((2, *size, 3), np.uint8), np.zeros((2, 2), np.int32)
+            for row, image in enumerate(pair):
+                extent[row] = image.shape[:2]
+                pixels[row, : image.shape[0], : image.shape[1]] = image
+            with jax.default_device("cpu"):  # where float32 is not shortened
                 both = network(pixels, extent), exported(pixels, extent)
-                yield tuple({name: np.asarray(x) for name, x in found.items()} for found in both)  # pyright: ignore
+            rows = len(pair)
+            expected, got = ({name: np.asarray(x)[:rows] for name, x in found.items()} for found in both)
+            yield expected, got
