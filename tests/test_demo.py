@@ -106,7 +106,7 @@ def space(workdir, tmp_path_factory):
     process.send_signal(signal.SIGINT)
     rest, complaints = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert complaints == ""
+    assert "app.py" not in complaints  # Gradio prints what it refuses itself
     assert all("127.0.0.1" in line for line in lines + rest.splitlines() if line.startswith("("))  # asked nobody else
     assert sorted(path.name for path in folder.iterdir()) == ["app.py", "network", "watched.py"]  # and left nothing
 
@@ -209,9 +209,8 @@ def join(address, photograph) -> str:
     return post(address, "call/classify", json.dumps({"data": [photograph]}).encode())["event_id"]
 
 
-def call(address, photograph) -> str:
-    """What the endpoint answers to a raw request."""
-    with urllib.request.urlopen(f"{address}gradio_api/call/classify/{join(address, photograph)}") as answer:
+def answer_to(address, event) -> str:
+    with urllib.request.urlopen(f"{address}gradio_api/call/classify/{event}") as answer:
         return answer.read().decode()
 
 
@@ -219,22 +218,25 @@ def call(address, photograph) -> str:
 def test_files_of_the_machine_are_nobodys_business(space, photographs):
     for path in (photographs[0], "/etc/passwd", "http://localhost/image.png"):
         for more in ({}, {"meta": FILE}):
-            assert "event: error" in call(space, {"path": path} | more)
-    assert "was not uploaded" in call(space, {"path": photographs[0]})
-    assert "was not uploaded" in call(space, {"path": None, "url": "data:image/png;base64,AAAA"})
+            assert "event: error" in answer_to(space, join(space, {"path": path} | more))
+    for what in ({"path": photographs[0]}, {"path": None, "url": "data:image/png;base64,AAAA"}):
+        assert "was not uploaded" in answer_to(space, join(space, what))
     for path in (photographs[0], "/etc/passwd", str(ROOT / "README.md")):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{space}gradio_api/file={path}")
 
 
 @pytest.mark.slow
-def test_fifty_at_once_are_answered_and_too_many_are_told_so(space, photographs):
+def test_fifty_at_once_are_answered_and_too_many_are_told_so(space, workdir, tmp_path):
     client = gradio_client.Client(space, verbose=False, analytics_enabled=False)
-    jobs = [client.submit(gradio_client.handle_file(photographs[i % 2]), api_name="/classify") for i in range(50)]
+    paths = [str(tmp_path / f"{i}.png") for i in range(50)]
+    for i, path in enumerate(paths):
+        PHOTOGRAPH.crop((4 * i, 0, 4 * i + 200, 200)).save(path)
+    jobs = [client.submit(gradio_client.handle_file(path), api_name="/classify") for path in paths]
     answers = [job.result(timeout=300) for job in jobs]
-    for i, (top, *pictures) in enumerate(answers):
-        assert (top, len(pictures)) == (answers[i % 2][0], 2)
-    assert answers[0][0] != answers[1][0]
+    for (top, *pictures), expected in zip(answers, Predictor.load(workdir)(paths).top(5), strict=True):
+        assert [entry["label"] for entry in top["confidences"]] == [name for name, _ in expected]
+        assert len(pictures) == 2
 
     part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n%s\r\n--x--\r\n'
     (path,) = post(space, "upload", part % encoded(PHOTOGRAPH), "multipart/form-data; boundary=x")
@@ -248,7 +250,13 @@ def test_fifty_at_once_are_answered_and_too_many_are_told_so(space, photographs)
     with ThreadPoolExecutor(50) as threads:
         told = list(threads.map(try_to_join, range(200)))
     assert sum("Queue is full. Max size is 64" in answer for answer in told) > 50
-    assert "event: complete" in call(space, {"path": path, "meta": FILE})  # and goes on
+
+    def may_join():
+        told.append(try_to_join(None))
+        return "Queue is full" not in told[-1]
+
+    wait_for(may_join, 120)
+    assert "event: complete" in answer_to(space, told[-1])
 
 
 @pytest.mark.slow
