@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ from simam_jax import Predictor
 from simam_jax.classification.explain import attention_weights
 from simam_jax.classification.figures import overlay
 from simam_jax.data.objects import open_examples
-from simam_jax.detection.apply import padded
+from simam_jax.detection.apply import prepared
 from simam_jax.preprocessing import read_rgb
 
 SCENES = (3, 8)  # of the test
@@ -20,17 +21,19 @@ SIDE, GAP = 240, 6  # pixels
 
 
 def main(workdir: str = "runs/scenes", output: str = "docs/images/overview.jpg") -> None:
-    """Writes a row for each scene: the photograph, SimAM's weights in three layers, and what is found."""
-    predictor = Predictor.load(workdir)
+    """Writes a row for each scene: the photograph, SimAM's weights in three layers, and what is found with a score of 0.9."""
+    predictor: Any = Predictor.load(workdir)
+    how = predictor.preprocessing
     examples = open_examples(get_config().data, "eval", masks=False)
     rows = []
     for index in SCENES:
         pixels = np.asarray(read_rgb(examples.read(index).image).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-        images, extent = padded(predictor.preprocessing, predictor.preprocessing(pixels), predictor.model.dtype)
-        weights = attention_weights(predictor.model, predictor.variables, images, extent, method="pyramid")
+        seen = how(pixels).pixels[None]  # a square has no padding
+        images = prepared(seen, [seen.shape[1:3]], how.mean, how.std, predictor.model.dtype)
+        weights = attention_weights(predictor.model, predictor.variables, images, method="pyramid")
         heats = [overlay(pixels, np.asarray(weights[layer][0]).mean(-1)) for layer in LAYERS]
         (found,) = predictor(pixels)
-        rows.append([Image.fromarray(pixels), *heats, found.draw(pixels)])
+        rows.append([Image.fromarray(pixels), *heats, found.draw(pixels, threshold=0.9)])
     picture = Image.new("RGB", (len(rows[0]) * (SIDE + GAP) - GAP, len(rows) * (SIDE + GAP) - GAP), "white")
     for y, row in enumerate(rows):
         for x, part in enumerate(row):
