@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import Image
 
 from simam_jax.data import check
 from simam_jax.data.coco_index import read_index
@@ -131,48 +131,6 @@ def test_missing_and_damaged_files_are_named(run, tmp_path):
     code, said = run(found)
     assert code == 1
     assert "1 cannot be read: 9.png" in said
-
-
-def test_a_ground_truth_without_crowds_and_areas_is_scored(run):
-    found = dataset()
-    for annotation in found["annotations"]:
-        del annotation["iscrowd"], annotation["area"]
-    code, said = run(found, "--score")
-    assert code == 0
-    assert "bbox AP 1.000000" in said
-    assert "segm AP 1.000000" in said
-
-
-def test_a_picture_leaves_out_what_cannot_be_read_and_says_so(run, tmp_path):
-    found = dataset()
-    found["images"].append({"id": 9, "file_name": "9.png", "height": 40, "width": 50})
-    _, said = run(found, "--picture", str(tmp_path / "drawn.png"))
-    assert "drawn.png, without 9.png" in said
-    assert (tmp_path / "drawn.png").exists()
-
-
-def test_a_rotation_that_is_not_applied_is_said(run, tmp_path):
-    run(dataset())
-    upright = Image.new("RGB", (50, 40))
-    tags = upright.getexif()
-    tags[ExifTags.Base.Orientation] = 6
-    upright.save(tmp_path / "images" / "turned.jpg", exif=tags)
-    found = dataset()
-    found["images"].append({"id": 9, "file_name": "turned.jpg", "height": 40, "width": 50})
-    code, said = run(found)
-    assert code == 0
-    assert "1 have an EXIF rotation, which is not applied, as the json's sizes ask: turned.jpg" in said
-
-
-def test_boxes_are_cut_before_they_meet_anchors(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps(changed(3, bbox=[-30, -20, 200, 100])))
-    (tmp_path / "y.json").write_text(json.dumps(changed(3, bbox=[0, 0, 50, 40])))
-    how = DetectionPreprocessing(64, 96)
-    first, second = (
-        check.anchor_overlap(index, np.ones(3, bool), index.image_of(), how)
-        for index in (read_index(tmp_path / "x.json"), read_index(tmp_path / "y.json"))
-    )
-    np.testing.assert_array_equal(first, second)
 
 
 def test_the_overlap_with_anchors_is_that_of_all_of_them(tmp_path):

@@ -14,9 +14,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from simam_jax import UserError
-from simam_jax.data import coco_index
+from simam_jax.data import coco, coco_index
 from simam_jax.data.objects import open_examples
-from simam_jax.data.segmentations import mask_of, run_lengths
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 POLYGON = [[2.0, 3.0, 20.0, 4.0, 15.0, 25.5]]
@@ -116,7 +115,7 @@ def test_small_and_empty_images_are_left_out_of_training_alone(written):
 def test_masks_are_pycocotools(segmentation):
     wanted = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(POLYGON, 30, 40)))
     wanted = wanted if segmentation is POLYGON else BITMAP
-    np.testing.assert_array_equal(mask_of(segmentation, 30, 40), wanted.astype(bool))
+    np.testing.assert_array_equal(coco.mask_of(segmentation, 30, 40), wanted.astype(bool))
 
 
 WRONG = {
@@ -231,20 +230,5 @@ def test_real_jsons_are_read_as_pycocotools_reads_them(file):
         if wanted.get("segmentation"):
             height, width = index.sizes[image_of[place]].tolist()
             np.testing.assert_array_equal(
-                mask_of(index.segmentation(place), height, width), theirs.annToMask(wanted).astype(bool)
+                coco.mask_of(index.segmentation(place), height, width), theirs.annToMask(wanted).astype(bool)
             )
-
-
-def test_compressed_run_lengths_are_those_of_the_mask():
-    rng = np.random.default_rng(0)
-    for density in (0.01, 0.3, 0.9):
-        drawn = np.asfortranarray(rng.random((97, 83)) < density, np.uint8)
-        changes = np.flatnonzero(np.diff(drawn.reshape(-1, order="F"), prepend=0, append=2))
-        wanted = np.diff(changes, prepend=0)
-        assert run_lengths(mask_utils.encode(drawn)["counts"]) == wanted.tolist()
-
-
-@pytest.mark.parametrize("cut", range(1, len(COMPRESSED["counts"])))
-def test_compressed_run_lengths_that_are_cut_short_are_refused(cut):
-    with pytest.raises(UserError, match="run lengths of a mask"):
-        mask_of(COMPRESSED | {"counts": COMPRESSED["counts"][:-cut]}, 30, 40)

@@ -1,6 +1,8 @@
 """What is in a json of COCO's form, and what would go wrong in training on it: `python -m simam_jax.data.check`."""
 
 import argparse
+import contextlib
+import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +15,6 @@ import numpy as np
 from simam_jax import errors
 from simam_jax.data import coco
 from simam_jax.data.coco_index import Index, read_index
-from simam_jax.data.segmentations import mask_of
-from simam_jax.data.self_score import score
 from simam_jax.paths import local
 from simam_jax.preprocessing import DetectionPreprocessing
 from simam_jax.rcnn.anchors import STRIDES, base_anchors
@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     report = check(index, folder, DetectionPreprocessing(args.min_size, args.max_size))
     print("\n".join(report.lines))
     if args.score:
-        print(score(index))
+        print(score(local(args.annotations), index))
     if args.picture:
-        left_out = draw(index, folder, local(args.picture))
-        print(f"{'picture':16} {args.picture}" + (f", without {', '.join(left_out)}" if left_out else ""))
+        draw(index, folder, local(args.picture))
+        print(f"{'picture':16} {args.picture}")
     print("Training cannot start: " + "; ".join(report.faults) if report.faults else "Training can start.")
     return 1 if report.faults else 0
 
@@ -128,7 +128,7 @@ def _check_masks(report: Report, index: Index, image_of: np.ndarray) -> None:
     for a in _progress("masks", np.flatnonzero(lengths).tolist()):
         number, (height, width) = int(index.annotation_ids[a]), index.sizes[image_of[a]].tolist()
         try:
-            mask = mask_of(index.segmentation(a), height, width)
+            mask = coco.mask_of(index.segmentation(a), height, width)
         except errors.UserError as error:
             unreadable.append(f"{number} ({str(error).rstrip('.')})")
             continue
@@ -145,30 +145,27 @@ def _check_masks(report: Report, index: Index, image_of: np.ndarray) -> None:
 
 
 def _check_files(report: Report, index: Index, folder: Path) -> None:
-    from PIL import ExifTags, Image
+    from PIL import Image
 
     missing = coco.missing_files(index, folder)
     report.count("files", f"are not in {folder}", missing, stops=True)
-    gone, unreadable, turned, other, rotated = set(missing), [], [], [], []
+    gone, unreadable, turned, other = set(missing), [], [], []
     for file, size in _progress("files", list(zip(index.files, index.sizes.tolist(), strict=True))):
         if file in gone:
             continue
         try:
             with Image.open(folder / file) as image:
-                found, upright = [image.height, image.width], image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                found = [image.height, image.width]
         except Exception as error:  # damaged files make PIL raise anything
             unreadable.append(f"{file} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
             continue
         if found != size:
             (turned if found == size[::-1] else other).append(file)
-        elif not upright:
-            rotated.append(file)
     report.count("files", "cannot be read", unreadable, stops=True)
     report.count(
         "files", "lie on their side: annotated as their EXIF rotation shows them; save them upright", turned, stops=True
     )
     report.count("files", "are of another size than the json says", other, stops=True)
-    report.count("files", "have an EXIF rotation, which is not applied, as the json's sizes ask", rotated)
 
 
 def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: DetectionPreprocessing) -> np.ndarray:
@@ -179,9 +176,7 @@ def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: D
     sizes = index.sizes[image_of[which]]
     resized = np.array([how.resized(*size) for size in sizes.tolist()])
     scale = (resized / sizes)[:, ::-1]
-    low = np.clip(index.boxes[which, :2], 0, sizes[:, ::-1])  # training cuts boxes to their image
-    high = np.clip(index.boxes[which, :2] + index.boxes[which, 2:], 0, sizes[:, ::-1])
-    corner, side = low * scale, (high - low) * scale
+    corner, side = index.boxes[which, :2] * scale, index.boxes[which, 2:] * scale
     centre, best = corner + side / 2, np.zeros(len(side))
     for stride in STRIDES:
         last = -(-resized[:, ::-1] // stride) - 1
@@ -194,19 +189,62 @@ def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: D
     return best
 
 
-def draw(index: Index, folder: Path, path: Path) -> list[str]:
-    """Draws boxes and class names of some images, evenly chosen, into one picture. Gives the files that cannot be read."""
+def score(annotations: Path, index: Index) -> str:
+    """COCO's scores of the ground truth against itself, and which annotations cannot be found."""
+    with errors.naming_extras():
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+    lines = []
+    kinds: list[Any] = ["bbox", *(["segm"] if np.diff(index.segmentation_ends).any() else [])]
+    for kind in kinds:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth: Any = COCO(annotations)
+            objects = [
+                annotation
+                for annotation in truth.dataset.get("annotations", [])
+                if not annotation.get("iscrowd") and (kind == "bbox" or annotation.get("segmentation"))
+            ]
+            results = [
+                {"image_id": each["image_id"], "category_id": each["category_id"], "score": 1.0}
+                | ({"bbox": each["bbox"]} if kind == "bbox" else {"segmentation": truth.annToRLE(each)})
+                for each in objects
+            ]
+            evaluation: Any = COCOeval(truth, truth.loadRes(results), kind) if results else None
+            if evaluation:
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+        if evaluation is None:
+            lines.append(f"{'score':16} {kind}: there is nothing to score")
+            continue
+        missed = _missed(evaluation)
+        text = f"{kind} AP {evaluation.stats[0]:.6f}"
+        lines.append(f"{'score':16} {text}" + (f"; not found: annotation {', '.join(missed)}" if missed else ""))
+    return "\n".join(lines)
+
+
+def _missed(evaluation: Any) -> list[str]:
+    """The first annotations that no detection matches at the strictest threshold."""
+    missed = [
+        str(number)
+        for image in evaluation.evalImgs
+        if image is not None and image["aRng"] == evaluation.params.areaRng[0]
+        for number, match, ignored in zip(image["gtIds"], image["gtMatches"][-1], image["gtIgnore"], strict=True)
+        if not match and not ignored
+    ]
+    return missed[:SHOWN]
+
+
+def draw(index: Index, folder: Path, path: Path) -> None:
+    """Draws boxes and class names of some images, evenly chosen, into one picture."""
     from PIL import Image, ImageDraw
 
     chosen = np.unique(np.linspace(0, len(index.files) - 1, PICTURED).round().astype(int)) if index.files else []
-    tiles, left_out, side = [], [], 400
+    tiles, side = [], 400
     for place in chosen:
-        try:
-            with Image.open(folder / index.files[place]) as opened:
-                image = opened.convert("RGB")
-        except Exception:  # damaged files make PIL raise anything
-            left_out.append(index.files[place])
-            continue
+        with Image.open(folder / index.files[place]) as opened:
+            image = opened.convert("RGB")
         pen, factor = ImageDraw.Draw(image), max(image.size) / side
         for a in range(index.first[place], index.first[place + 1]):
             x, y, w, h = index.boxes[a].tolist()
@@ -228,7 +266,6 @@ def draw(index: Index, folder: Path, path: Path) -> list[str]:
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * side, i // columns * side))
     sheet.save(path)
-    return left_out
 
 
 def _progress(name: str, items: list[Any]) -> Iterator[Any]:

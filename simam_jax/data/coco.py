@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from ml_collections import ConfigDict
 
 from simam_jax.data.coco_index import Index, read_index
 from simam_jax.data.objects import Example, Examples
-from simam_jax.data.segmentations import mask_of
-from simam_jax.errors import UserError
+from simam_jax.errors import UserError, naming_extras
 from simam_jax.paths import local
 
 logger = logging.getLogger(__name__)
@@ -166,3 +166,35 @@ def annotations_of(index: Index, *, masks: bool) -> list[dict[str, Any]]:
         }
         found.append(annotation | ({"segmentation": index.segmentation(a) or []} if masks else {}))
     return found
+
+
+def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """(height, width) bool, from polygons, run lengths or compressed run lengths, as pycocotools reads them.
+
+    Raises:
+        UserError: it is none of these, or of another size.
+    """
+    with naming_extras():
+        from pycocotools import mask
+
+    try:
+        if isinstance(segmentation, list):
+            # Coordinates far away make pycocotools write beyond its memory.
+            if not all(abs(x) <= 10 * max(height, width) for polygon in segmentation for x in polygon):
+                raise UserError(f"A polygon leaves its image of {width} x {height} pixels by far, or is not finite.")
+            rle = mask.merge(mask.frPyObjects(segmentation, height, width))
+        elif isinstance(segmentation, Mapping):
+            if list(segmentation["size"]) != [height, width]:
+                raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
+            counts = segmentation["counts"]
+            if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != height * width):
+                raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
+            plain: Any = segmentation
+            rle = mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
+        else:
+            raise UserError(f"A segmentation is {type(segmentation).__name__}, neither polygons nor run lengths.")
+        return mask.decode(rle).astype(bool)
+    except UserError:
+        raise
+    except Exception as error:  # pycocotools raises anything
+        raise UserError(f"A segmentation cannot be read: {error or type(error).__name__}.") from error
