@@ -51,13 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", required=True, help="the folder of its images")
     parser.add_argument("--min-size", type=int, default=800, help="config.data.min_size (default 800)")
     parser.add_argument("--max-size", type=int, default=1333, help="config.data.max_size (default 1333)")
+    parser.add_argument("--buckets", type=int, default=6, help="config.data.buckets (default 6)")
     parser.add_argument("--picture", help="draw the ground truth of some images into this file, a .png or .jpg")
     parser.add_argument(
         "--score", action="store_true", help="score the ground truth against itself, which must give 1.0"
     )
     args = parser.parse_args(argv)
     index, folder = read_index(args.annotations), local(args.images)
-    report = check(index, folder, DetectionPreprocessing(args.min_size, args.max_size))
+    report = check(index, folder, DetectionPreprocessing(args.min_size, args.max_size, buckets=args.buckets))
     print("\n".join(report.lines))
     if args.score:
         print(score(local(args.annotations), index))
