@@ -1,7 +1,8 @@
 """One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with.
 
 PIL is imported when the first image is read. Pixels are taken as they are stored: EXIF rotation is ignored and transparency
-is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest.
+is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest. Detectors learn from and are
+scored on images as their annotations see them: `read_upright`.
 """
 
 import contextlib
@@ -200,6 +201,20 @@ def read_rgb(image: ImageLike) -> "Image.Image":
         if width * height > MAX_PIXELS:
             raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
         return to_rgb(opened, name)
+
+
+def read_upright(image: ImageLike, size: tuple[int, int]) -> "Image.Image":
+    """The image in PIL's mode RGB, turned as its EXIF tag says: what OpenCV, and with it the reference implementation, reads.
+
+    Args:
+        image: as for `read_rgb`.
+        size: height and width that its annotations are for. If only the pixels as they are stored have it, they stay.
+    """
+    stored = read_rgb(image)
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(stored)
+    return stored if turned.size != size[::-1] and stored.size == size[::-1] else turned
 
 
 def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":

@@ -118,6 +118,17 @@ def test_masks_are_pycocotools(segmentation):
     np.testing.assert_array_equal(coco.mask_of(segmentation, 30, 40), wanted.astype(bool))
 
 
+def test_compressed_run_lengths_of_any_mask_are_accepted_and_none_that_is_cut_short():
+    rng = np.random.default_rng(0)
+    for height, width, share in ((1, 1, 0.5), (30, 40, 0.0), (30, 40, 1.0), (200, 300, 0.5), (700, 900, 0.001)):
+        bitmap = rng.uniform(size=(height, width)) < share
+        counts = mask_utils.encode(np.asfortranarray(bitmap, np.uint8))["counts"]
+        np.testing.assert_array_equal(coco.mask_of({"size": [height, width], "counts": counts}, height, width), bitmap)
+        for length in range(min(len(counts), 50)):
+            with pytest.raises(UserError, match=r"cut short|do not add up"):
+                coco.mask_of({"size": [height, width], "counts": counts[:length].decode()}, height, width)
+
+
 WRONG = {
     "no json": ("{", "cannot be read as JSON"),
     "a list": ("[]", "is no COCO json"),
@@ -162,6 +173,11 @@ def test_a_wrong_json_is_one_message(case, written):
         ([[float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0]], "or is not finite"),
         ({"size": [40, 50], "counts": [100]}, "do not add up to its 2000 pixels"),
         ({"size": [40, 50], "counts": []}, "do not add up"),
+        ({"size": [40, 50], "counts": "PPPPo"}, "are cut short, or are none"),
+        ({"size": [40, 50], "counts": "P~"}, "are cut short, or are none"),
+        ({"size": [40, 50], "counts": ""}, "are cut short, or are none"),
+        ({"size": [40, 50], "counts": "oooooooo0"}, "a number of more than 32 bits"),
+        ({"size": [40, 50], "counts": "52"}, "do not add up to its 2000 pixels"),
     ],
 )
 def test_a_wrong_mask_is_an_error_of_its_image(segmentation, message, written):

@@ -83,7 +83,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
     without = np.flatnonzero(
         seen.annotations & (np.diff(index.segmentation_ends) == 0) & np.isin(index.image_of(), seen.images)
     )
-    if masks and split == "train" and len(without):
+    if masks and len(without):
         raise UserError(
             f"{annotations}: {len(without)} annotations have no segmentation, the first is "
             f"{index.annotation_ids[without[0]]}, and a Mask R-CNN needs them: take a Faster R-CNN."
@@ -151,11 +151,20 @@ def missing_files(index: Index, folder: Path) -> list[str]:
     return missing
 
 
-def annotations_of(index: Index, *, masks: bool) -> list[dict[str, Any]]:
-    """The annotations in COCO's form, as evaluation wants them."""
+def annotations_of(index: Index, *, masks: bool, which: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """The annotations in COCO's form, as evaluation wants them, with compressed run lengths for masks.
+
+    Args:
+        index: has them.
+        masks: whether they are needed.
+        which: (a,) bool; None: all of listed categories.
+
+    Raises:
+        UserError: a mask that cannot be read; the message names its annotation.
+    """
     image_of = index.image_of()
     found = []
-    for a in np.flatnonzero(index.labels >= 0).tolist():
+    for a in np.flatnonzero(index.labels >= 0 if which is None else which).tolist():
         annotation = {
             "image_id": int(index.image_ids[image_of[a]]),
             "category_id": int(index.category_ids[index.labels[a]]),
@@ -164,7 +173,12 @@ def annotations_of(index: Index, *, masks: bool) -> list[dict[str, Any]]:
             "iscrowd": int(index.crowd[a]),
             "ignore": int(index.ignore[a]),
         }
-        found.append(annotation | ({"segmentation": index.segmentation(a) or []} if masks else {}))
+        if masks:
+            try:
+                annotation["segmentation"] = rle_of(index.segmentation(a), *index.sizes[image_of[a]].tolist())
+            except UserError as error:
+                raise UserError(f"Annotation {index.annotation_ids[a]}: {error}") from error
+        found.append(annotation)
     return found
 
 
@@ -177,24 +191,56 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
     with naming_extras():
         from pycocotools import mask
 
+    return mask.decode(rle_of(segmentation, height, width)).astype(bool)
+
+
+def rle_of(segmentation: Any, height: int, width: int) -> Any:
+    """Pycocotools' compressed run lengths of a mask in any of COCO's forms; what would lead it beyond its memory is refused.
+
+    Raises:
+        UserError: as of `mask_of`.
+    """
+    with naming_extras():
+        from pycocotools import mask
+
     try:
         if isinstance(segmentation, list):
             # Coordinates far away make pycocotools write beyond its memory.
             if not all(abs(x) <= 10 * max(height, width) for polygon in segmentation for x in polygon):
                 raise UserError(f"A polygon leaves its image of {width} x {height} pixels by far, or is not finite.")
-            rle = mask.merge(mask.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation, Mapping):
-            if list(segmentation["size"]) != [height, width]:
-                raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
-            counts = segmentation["counts"]
-            if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != height * width):
-                raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
-            plain: Any = segmentation
-            rle = mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
-        else:
+            return mask.merge(mask.frPyObjects(segmentation, height, width))
+        if not isinstance(segmentation, Mapping):
             raise UserError(f"A segmentation is {type(segmentation).__name__}, neither polygons nor run lengths.")
-        return mask.decode(rle).astype(bool)
+        if list(segmentation["size"]) != [height, width]:
+            raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
+        counts = segmentation["counts"]
+        runs = counts if isinstance(counts, list) else _run_lengths(counts)
+        if min(runs, default=-1) < 0 or sum(runs) != height * width:
+            raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
+        plain: Any = segmentation
+        return mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
     except UserError:
         raise
     except Exception as error:  # pycocotools raises anything
         raise UserError(f"A segmentation cannot be read: {error or type(error).__name__}.") from error
+
+
+def _run_lengths(counts: str | bytes) -> list[int]:
+    """The run lengths in COCO's compressed text.
+
+    A character has five bits of a number, the lowest first, and a sixth that says that more follow; the last bit is the sign.
+    From the fourth on, a number is the difference to the one before the last.
+    """
+    digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise UserError("The compressed run lengths of a mask are cut short, or are none.")
+    last = np.flatnonzero(~digits & 32)
+    first = np.concatenate(([0], last[:-1] + 1))
+    lengths = last - first + 1
+    if lengths.max() > 7:
+        raise UserError("The compressed run lengths of a mask have a number of more than 32 bits.")
+    places = 5 * (np.arange(len(digits)) - np.repeat(first, lengths))
+    runs = np.add.reduceat((digits & 31) << places, first) - ((digits[last] >> 4 & 1) << 5 * lengths)
+    for start in (1, 2):
+        runs[start::2] = runs[start::2].cumsum()
+    return runs.tolist()
