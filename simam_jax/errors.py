@@ -14,6 +14,7 @@ _EXTRAS = {
     "cv2": ("opencv-python-headless", "detection"),
     "matplotlib": ("matplotlib", "predict"),
     "ml_collections": ("ml-collections", "train"),
+    "msgspec": ("msgspec", "detection"),
     "onnx": ("onnx", "export"),
     "onnxruntime": ("onnxruntime", "export"),
     "optax": ("optax", "train"),
