@@ -40,7 +40,7 @@ FIELDS: dict[str, Any] = {
         "bn_group_size": whole(64, least=0),  # images per batch-norm statistic; 0: those of one device; batch_size: all
     },
     "data": {
-        "source": text("tfds"),  # tfds, folder, digits, synthetic; detection: coco, digit_scenes
+        "source": text("tfds"),  # tfds, folder, digits, synthetic; detection: coco, tfds, digit_scenes
         "name": text("imagenet2012:5.*.*"),  # TFDS name and version; folder, digits, synthetic: not used
         "data_dir": path(""),  # tfds, digits: where prepared data lie ("": TFDS's default); folder: the tree's root
         "train_split": text("train"),  # TFDS split, or the folder below data_dir

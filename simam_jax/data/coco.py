@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from simam_jax.data.coco_index import Index, read_index
 from simam_jax.data.objects import Example, Examples
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.paths import local
+from simam_jax.preprocessing import ImageLike
 
 logger = logging.getLogger(__name__)
 LEAST_SIDE = 32  # pixels: smaller images are left out of training
@@ -72,11 +73,43 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
             f"{len(absent)} of {len(index.files)} images of {annotations} are not in {folder}, the first: "
             f"{', '.join(absent[:3])}. Name their folder with --config.data.{split}_images."
         )
+    return examples_of(
+        index,
+        split,
+        masks=masks,
+        source=str(annotations),
+        image=lambda place: folder / index.files[place],
+        name=lambda place: str(folder / index.files[place]),
+    )
+
+
+def examples_of(
+    index: Index,
+    split: str,
+    *,
+    masks: bool,
+    source: str,
+    image: Callable[[int], ImageLike],
+    name: Callable[[int], str],
+) -> Examples:
+    """The "train" or "eval" examples of an index.
+
+    Args:
+        index: has the annotations.
+        split: of "train" what cannot be learned from is left out, counted and said.
+        masks: whether they are needed.
+        source: what messages call the index.
+        image: from the place of an image in the index to a file's path or its bytes.
+        name: from the same to what a message calls it.
+
+    Raises:
+        UserError: for masks, objects without any.
+    """
     if split == "train":
         seen = chosen(index)
         if seen.left_out:
             parts = ", ".join(f"{count} {reason}" for reason, count in seen.left_out.items())
-            logger.warning("%s: left out of training: %s.", annotations, parts)
+            logger.warning("%s: left out of training: %s.", source, parts)
     else:
         seen = Chosen(np.arange(len(index.image_ids)), index.labels >= 0, {})
     own = [np.flatnonzero(seen.annotations[a:b]) + a for a, b in zip(index.first[:-1], index.first[1:], strict=True)]
@@ -85,7 +118,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
     )
     if masks and len(without):
         raise UserError(
-            f"{annotations}: {len(without)} annotations have no segmentation, the first is "
+            f"{source}: {len(without)} annotations have no segmentation, the first is "
             f"{index.annotation_ids[without[0]]}, and a Mask R-CNN needs them: take a Faster R-CNN."
         )
 
@@ -99,9 +132,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
         def masks_of() -> np.ndarray:
             return np.array([mask_of(index.segmentation(a), height, width) for a in objects]).reshape(-1, height, width)
 
-        return Example(
-            folder / index.files[place], (height, width), boxes, index.labels[objects], masks_of if masks else None
-        )
+        return Example(image(int(place)), (height, width), boxes, index.labels[objects], masks_of if masks else None)
 
     return Examples(
         sizes=index.sizes[seen.images],
@@ -110,7 +141,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
         category_ids=index.category_ids,
         most_objects=max((len(own[place]) for place in seen.images), default=0),
         read=read,
-        name=lambda i: str(folder / index.files[seen.images[i]]),
+        name=lambda i: name(int(seen.images[i])),
         annotations=lambda: annotations_of(index, masks=masks),
     )
 
