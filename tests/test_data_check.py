@@ -197,6 +197,16 @@ def test_exif_tags_are_counted_and_said(run, tmp_path):
     )
 
 
+def test_files_of_floating_values_are_named(run, tmp_path):
+    found = dataset()
+    found["images"].append({"id": 9, "file_name": "9.tif", "height": 40, "width": 50})
+    (tmp_path / "images").mkdir()
+    Image.new("F", (50, 40)).save(tmp_path / "images" / "9.tif")
+    code, said = run(found)
+    assert code == 1
+    assert "Training cannot start: files: 1 cannot be read: 9.tif (floating-point values" in said
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 def test_real_data_pass(capsys, tmp_path):
     place = SHARED / "coco_open"

@@ -102,6 +102,15 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted(written, change, re
         assert len(examples.read(1).labels) == 0
 
 
+def test_corners_given_as_sizes_are_warned_of(written, caplog):
+    boxes = [[20, 10, 48, 38], [30, 10, 45, 30], [10, 20, 45, 39]]
+    with caplog.at_level("WARNING"):
+        open_examples(
+            written(dataset(annotations=[annotation(i, bbox=box) for i, box in enumerate(boxes)])), "train", masks=False
+        )
+    assert "the boxes look like x y x y, where COCO has x y width height" in caplog.text
+
+
 def test_small_and_empty_images_are_left_out_of_training_alone(written):
     found = dataset(annotations=[annotation(1)])
     found["images"].append({"id": 3, "file_name": "a.png", "height": 31, "width": 50})

@@ -42,7 +42,7 @@ class Report:
             text = f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}"
             self.say(name, text)
             if stops:
-                self.faults.append(text)
+                self.faults.append(f"{name}: {text}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,8 +113,7 @@ def _check_boxes(report: Report, index: Index, image_of: np.ndarray) -> None:
     report.count(
         "boxes", "are narrower or lower than a pixel (left out), annotation", index.annotation_ids[(w < 1) | (h < 1)]
     )
-    corners = (w > x) & (h > y) & (w <= width) & (h <= height)  # what x y x y would look like
-    if len(x) and outside.mean() > 0.2 and corners.mean() > 0.9:
+    if coco.looks_like_corners(index):
         report.count("boxes", "annotations look like x y x y, where COCO has x y width height", ["all"], stops=True)
 
 
@@ -155,6 +154,8 @@ def _check_files(report: Report, index: Index, folder: Path) -> None:
             continue
         try:
             with Image.open(folder / file) as image:
+                if image.mode == "F":
+                    raise errors.UserError("floating-point values: save it with 8 or 16 bits a value")
                 found, tag = [image.height, image.width], image.getexif().get(ORIENTATION, 1)
         except Exception as error:  # damaged files make PIL raise anything
             unreadable.append(f"{file} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")

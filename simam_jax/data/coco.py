@@ -59,6 +59,15 @@ def chosen(index: Index) -> Chosen:
     return Chosen(np.flatnonzero(known & ~small), left, {reason: count for reason, count in out.items() if count})
 
 
+def looks_like_corners(index: Index) -> bool:
+    """Whether the boxes seem to be x y x y, where COCO has x y width height."""
+    x, y, w, h = index.boxes.T
+    height, width = index.sizes[index.image_of()].T
+    outside = (x + w > width + 1) | (y + h > height + 1)
+    corners = (w > x) & (h > y) & (w <= width) & (h <= height)
+    return bool(len(x) and outside.mean() > 0.2 and corners.mean() > 0.9)
+
+
 def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
     """The "train" or "eval" examples that `config` (the section config.data) names.
 
@@ -107,6 +116,8 @@ def examples_of(
     """
     if split == "train":
         seen = chosen(index)
+        if looks_like_corners(index):
+            logger.warning("%s: the boxes look like x y x y, where COCO has x y width height.", source)
         if seen.left_out:
             parts = ", ".join(f"{count} {reason}" for reason, count in seen.left_out.items())
             logger.warning("%s: left out of training: %s.", source, parts)
@@ -253,7 +264,8 @@ def rle_of(segmentation: Any, height: int, width: int) -> Any:
     except UserError:
         raise
     except Exception as error:  # pycocotools raises anything
-        raise UserError(f"A segmentation cannot be read: {error or type(error).__name__}.") from error
+        text = str(error).rstrip(".") or type(error).__name__
+        raise UserError(f"A segmentation cannot be read: {text}.") from error
 
 
 def _run_lengths(counts: str | bytes) -> list[int]:
