@@ -40,7 +40,7 @@ FIELDS: dict[str, Any] = {
         "bn_group_size": whole(64, least=0),  # images per batch-norm statistic; 0: those of one device; batch_size: all
     },
     "data": {
-        "source": text("tfds"),  # tfds, folder, digits, synthetic; detection: coco, digit_scenes
+        "source": text("tfds"),  # tfds, folder, digits, synthetic; detection: coco, tfds, digit_scenes
         "name": text("imagenet2012:5.*.*"),  # TFDS name and version; folder, digits, synthetic: not used
         "data_dir": path(""),  # tfds, digits: where prepared data lie ("": TFDS's default); folder: the tree's root
         "train_split": text("train"),  # TFDS split, or the folder below data_dir
@@ -55,6 +55,7 @@ FIELDS: dict[str, Any] = {
         "image_size": whole(224, least=1),  # classification: pixels, height and width of what the network sees
         "min_size": whole(800, least=1),  # detection: pixels, the shorter side of what the network sees
         "max_size": whole(1333, least=1),  # detection: the longer side is at most this
+        "buckets": whole(6, least=1),  # detection: the most shapes that images are padded to; 1: a square; else even
         "augmentation": choice("random_resized_crop", "pad_crop", "none"),
         "min_area": number(
             0.08, least=0, most=1, above=True

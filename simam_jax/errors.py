@@ -15,6 +15,7 @@ _EXTRAS = {
     "gradio": ("gradio", "demo"),
     "matplotlib": ("matplotlib", "predict"),
     "ml_collections": ("ml-collections", "train"),
+    "msgspec": ("msgspec", "detection"),
     "onnx": ("onnx", "export"),
     "onnxruntime": ("onnxruntime", "export"),
     "optax": ("optax", "train"),

@@ -1,7 +1,8 @@
 """One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with.
 
 PIL is imported when the first image is read. Pixels are taken as they are stored: EXIF rotation is ignored and transparency
-is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest.
+is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest. Detectors learn from and are
+scored on images as their annotations see them: `read_upright`.
 """
 
 import contextlib
@@ -99,17 +100,24 @@ class DetectionPreprocessing:
     Attributes:
         min_size, max_size: pixels.
         mean, std: per channel, of pixels in 0..1.
+        buckets: the most shapes that images are padded to; 1, a square, or an even number, half of them upright.
     """
 
     min_size: int = 800
     max_size: int = 1333
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    buckets: int = 6
 
     def __post_init__(self):
         if not 1 <= self.min_size <= self.max_size:
             raise UserError(
                 f"min_size={self.min_size} must be at least 1, and max_size={self.max_size} at least min_size."
+            )
+        if self.buckets < 1 or (self.buckets > 1 and self.buckets % 2):
+            raise UserError(
+                f"buckets={self.buckets} must be 1, a square for all images, or an even number: half of the shapes are for "
+                f"images that are wide, half for those that are tall."
             )
 
     def __call__(self, image: ImageLike) -> Resized:
@@ -130,12 +138,16 @@ class DetectionPreprocessing:
         return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
     def bucket(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width that a resized image is padded to: of a few shapes, the smallest that holds it.
+        """The height and width that a resized image is padded to: of at most `buckets` shapes, the smallest that holds it.
 
-        Few shapes are few compilations. A detector is told where its images end, so that its results do not depend on them.
+        The longer sides are 128 pixels apart. Few shapes are few compilations, and more padding. A detector is told where
+        its images end, so that its results do not depend on them.
         """
         short, long = (-(-size // STRIDE) * STRIDE for size in (self.min_size, self.max_size))
-        longer = sorted(side for side in (long, long - 4 * STRIDE, long - 8 * STRIDE) if side >= short)
+        if self.buckets == 1:
+            return long, long
+        apart = range(0, self.buckets // 2 * 4 * STRIDE, 4 * STRIDE)
+        longer = sorted(long - less for less in apart if long - less >= short)
         side = next(side for side in longer if side >= max(height, width))
         return (short, side) if height <= width else (side, short)
 
@@ -189,6 +201,20 @@ def read_rgb(image: ImageLike) -> "Image.Image":
         if width * height > MAX_PIXELS:
             raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first.")
         return to_rgb(opened, name)
+
+
+def read_upright(image: ImageLike, size: tuple[int, int]) -> "Image.Image":
+    """The image in PIL's mode RGB, turned as its EXIF tag says: what OpenCV, and with it the reference implementation, reads.
+
+    Args:
+        image: as for `read_rgb`.
+        size: height and width that its annotations are for. If only the pixels as they are stored have it, they stay.
+    """
+    stored = read_rgb(image)
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(stored)
+    return stored if turned.size != size[::-1] and stored.size == size[::-1] else turned
 
 
 def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":

@@ -18,6 +18,7 @@ from simam_jax import checkpoints
 from simam_jax.errors import UserError, unknown
 from simam_jax.models import HEAD, MODELS, Network, create_model, init_variables, variable_shapes
 from simam_jax.paths import local
+from simam_jax.rcnn.categories import coco_category_ids
 from simam_jax.torch_weights.files import read_state
 from simam_jax.torch_weights.variables import check_finite, from_torch
 
@@ -182,11 +183,9 @@ def category_ids_of(found: Weights, class_names: Sequence[str] | None) -> list[i
     """The numbers of a detector's classes in COCO's form: as stored with the weights; else COCO's for its 80 classes."""
     if stored := found.spec.get("category_ids"):
         return list(stored)
-    coco = (resources.files("simam_jax") / _CLASS_NAMES[80][1]).read_text().splitlines()
-    return [i for i in range(1, 91) if i not in _NOT_IN_COCO] if list(class_names or ()) == coco else None
+    return coco_category_ids(class_names or ())
 
 
-_NOT_IN_COCO = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 _CLASS_NAMES = {1000: ("ImageNet", "imagenet_classes.txt"), 80: ("COCO", "coco_classes.txt")}
 
 

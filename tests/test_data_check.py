@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simam_jax import UserError
 from simam_jax.data import check
 from simam_jax.data.coco_index import read_index
 from simam_jax.preprocessing import DetectionPreprocessing
@@ -92,7 +93,7 @@ def test_what_is_odd_is_counted_and_named(run, found, message):
         (
             dataset(),
             {1: (40, 50)},
-            "lie on their side: annotated as their EXIF rotation shows them; save them upright: 1.png",
+            "lie on their side, without an EXIF tag that says so; save them upright: 1.png",
         ),
         (dataset(), {2: (50, 41)}, "1 are of another size than the json says: 2.png"),
         (
@@ -136,15 +137,74 @@ def test_missing_and_damaged_files_are_named(run, tmp_path):
 def test_the_overlap_with_anchors_is_that_of_all_of_them(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(dataset()))
     index, how = read_index(tmp_path / "x.json"), DetectionPreprocessing(64, 96)
+    index.boxes[1] = [10, 5, 60, 90]  # is cut to [10, 5, 40, 35]
     got = check.anchor_overlap(index, np.ones(3, bool), index.image_of(), how)
     height, width = how.resized(40, 50)
     maps = [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32, 64)]
     anchors = np.concatenate([np.asarray(level) for level in all_anchors(maps)])
     for (x, y, w, h), best in zip(index.boxes, got, strict=True):
-        box = np.array([x, y, x + w, y + h]) * np.tile([width / 50, height / 40], 2)
+        box = np.array([x, y, min(x + w, 50), min(y + h, 40)]) * np.tile([width / 50, height / 40], 2)
         inter = np.clip(np.minimum(anchors[:, 2:], box[2:]) - np.maximum(anchors[:, :2], box[:2]), 0, None).prod(1)
         areas = (anchors[:, 2:] - anchors[:, :2]).prod(1) + (box[2:] - box[:2]).prod()
         assert best == pytest.approx((inter / (areas - inter)).max(), rel=1e-5)
+
+
+def test_the_score_fills_in_what_may_be_missing(run):
+    found = dataset()
+    for annotation in found["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    found["annotations"][0]["id"] = 0  # which pycocotools takes for no annotation
+    found["annotations"][2]["segmentation"] = []
+    code, said = run(found, "--score")
+    assert code == 0
+    assert "bbox AP 1.000000\n" in said
+    assert "segm AP 1.000000\n" in said
+    assert "segm: 1 annotations without a mask are left out" in said
+
+
+def test_the_score_names_what_cannot_be_found_or_read(run):
+    assert "not found: annotation 2" in run(changed(2, bbox=[3, 3, 0, 0]), "--score")[1]
+    cut = {"size": [40, 50], "counts": "o"}
+    code, said = run(changed(2, segmentation=cut), "--score")
+    assert code == 1
+    assert "segm: Annotation 2: The compressed run lengths of a mask are cut short" in said
+
+
+def test_the_picture_says_which_images_it_lacks(run, tmp_path):
+    found = dataset()
+    found["images"].append({"id": 9, "file_name": "9.png", "height": 40, "width": 50})
+    code, said = run(found, "--picture", str(tmp_path / "drawn.png"))
+    assert code == 1
+    assert "without 9.png: " in said
+    assert np.asarray(Image.open(tmp_path / "drawn.png")).any()
+    with pytest.raises(UserError, match=r"drawn\.nothing cannot be written: unknown file extension"):
+        run(dataset(), "--picture", str(tmp_path / "drawn.nothing"))
+
+
+def test_exif_tags_are_counted_and_said(run, tmp_path):
+    found = dataset(images=[{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 50} for i in (1, 2)])
+    (tmp_path / "images").mkdir()
+    for number, size in ((1, (40, 50)), (2, (50, 40))):
+        exif = Image.Exif()
+        exif[check.ORIENTATION] = 6
+        Image.new("RGB", size).save(tmp_path / "images" / f"{number}.jpg", exif=exif)
+    code, said = run(found)
+    assert code == 0
+    assert "1 are turned as their EXIF tag says, which the json agrees with: 1.jpg" in said
+    assert (
+        "1 have an EXIF tag that turns them, but the json is of them as they are stored: so are they read: 2.jpg"
+        in said
+    )
+
+
+def test_files_of_floating_values_are_named(run, tmp_path):
+    found = dataset()
+    found["images"].append({"id": 9, "file_name": "9.tif", "height": 40, "width": 50})
+    (tmp_path / "images").mkdir()
+    Image.new("F", (50, 40)).save(tmp_path / "images" / "9.tif")
+    code, said = run(found)
+    assert code == 1
+    assert "Training cannot start: files: 1 cannot be read: 9.tif (floating-point values" in said
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")

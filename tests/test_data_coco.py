@@ -102,6 +102,15 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted(written, change, re
         assert len(examples.read(1).labels) == 0
 
 
+def test_corners_given_as_sizes_are_warned_of(written, caplog):
+    boxes = [[20, 10, 48, 38], [30, 10, 45, 30], [10, 20, 45, 39]]
+    with caplog.at_level("WARNING"):
+        open_examples(
+            written(dataset(annotations=[annotation(i, bbox=box) for i, box in enumerate(boxes)])), "train", masks=False
+        )
+    assert "the boxes look like x y x y, where COCO has x y width height" in caplog.text
+
+
 def test_small_and_empty_images_are_left_out_of_training_alone(written):
     found = dataset(annotations=[annotation(1)])
     found["images"].append({"id": 3, "file_name": "a.png", "height": 31, "width": 50})
@@ -118,6 +127,17 @@ def test_masks_are_pycocotools(segmentation):
     np.testing.assert_array_equal(coco.mask_of(segmentation, 30, 40), wanted.astype(bool))
 
 
+def test_compressed_run_lengths_of_any_mask_are_accepted_and_none_that_is_cut_short():
+    rng = np.random.default_rng(0)
+    for height, width, share in ((1, 1, 0.5), (30, 40, 0.0), (30, 40, 1.0), (200, 300, 0.5), (700, 900, 0.001)):
+        bitmap = rng.uniform(size=(height, width)) < share
+        counts = mask_utils.encode(np.asfortranarray(bitmap, np.uint8))["counts"]
+        np.testing.assert_array_equal(coco.mask_of({"size": [height, width], "counts": counts}, height, width), bitmap)
+        for length in range(min(len(counts), 50)):
+            with pytest.raises(UserError, match=r"cut short|do not add up"):
+                coco.mask_of({"size": [height, width], "counts": counts[:length].decode()}, height, width)
+
+
 WRONG = {
     "no json": ("{", "cannot be read as JSON"),
     "a list": ("[]", "is no COCO json"),
@@ -130,11 +150,14 @@ WRONG = {
     "two images of one id": (dataset(images=dataset()["images"][:1] * 2), "image id 7 stands there 2 times"),
     "two annotations of one id": (dataset(annotations=[annotation(1), annotation(1)]), "annotation id 1"),
     "an unknown image": (dataset(annotations=[annotation(1, image=8)]), "1 annotations are of images .* image 8"),
-    "an image without a size": (dataset(images=[{"id": 7, "file_name": "a.png"}]), r"images\[0\] has height=None"),
+    "an image without a size": (dataset(images=[{"id": 7, "file_name": "a.png"}]), r"missing required field `height` - at `\$\.images\[0\]`"),
     "an image without a file": (dataset(images=[{"id": 7, "height": 4, "width": 4}]), "image 7 has no file_name"),
-    "an id that is text": (dataset(annotations=[annotation("1")]), r"annotations\[0\] has id='1'"),
-    "a box of three": (dataset(annotations=[annotation(1, bbox=[1, 2, 3])]), r"annotation 1 has the bbox \[1, 2, 3\]"),
-    "a box of nothing": (dataset(annotations=[annotation(1, bbox=[1, 2, 3, float("nan")])]), "not finite"),
+    "an id that is text": (dataset(annotations=[annotation("1")]), r"Expected `int`, got `str` - at `\$\.annotations\[0\]\.id`"),
+    "a box of three": (dataset(annotations=[annotation(1, bbox=[1, 2, 3])]), r"of length 4 - at `\$\.annotations\[0\]\.bbox`"),
+    "a box of nothing": (dataset(annotations=[annotation(1, bbox=[1, 2, 3, float("nan")])]), "NaN and Infinity are no numbers of JSON"),
+    "an image without pixels": (
+        dataset(images=[{"id": 7, "file_name": "a.png", "height": 0, "width": 4}]), "image 7 is of 4 x 0 pixels",
+    ),
     "a file that is not there": (
         dataset(images=[*dataset()["images"], {"id": 1, "file_name": "c.png", "height": 40, "width": 50}]),
         r"1 of 3 images .* are not in .*: c\.png\. Name their folder with --config\.data\.train_images",
@@ -159,9 +182,13 @@ def test_a_wrong_json_is_one_message(case, written):
         ([[1.0, 2.0]], "A segmentation cannot be read"),
         ("mask.png", "A segmentation is str"),
         ([[1e9, 2.0, 3.0, 4.0, 5.0, 6.0]], "A polygon leaves its image of 50 x 40 pixels by far"),
-        ([[float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0]], "or is not finite"),
         ({"size": [40, 50], "counts": [100]}, "do not add up to its 2000 pixels"),
         ({"size": [40, 50], "counts": []}, "do not add up"),
+        ({"size": [40, 50], "counts": "PPPPo"}, "are cut short, or are none"),
+        ({"size": [40, 50], "counts": "P~"}, "are cut short, or are none"),
+        ({"size": [40, 50], "counts": ""}, "are cut short, or are none"),
+        ({"size": [40, 50], "counts": "oooooooo0"}, "a number of more than 32 bits"),
+        ({"size": [40, 50], "counts": "52"}, "do not add up to its 2000 pixels"),
     ],
 )
 def test_a_wrong_mask_is_an_error_of_its_image(segmentation, message, written):
@@ -170,6 +197,20 @@ def test_a_wrong_mask_is_an_error_of_its_image(segmentation, message, written):
     )
     with pytest.raises(UserError, match=message):
         examples.read(0).masks()
+
+
+def test_a_polygon_that_is_no_number_is_an_error():
+    with pytest.raises(UserError, match="or is not finite"):
+        coco.mask_of([[float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0]], 40, 50)
+
+
+def test_what_may_be_missing_is_filled_in_and_a_byte_order_mark_is_passed_over(written):
+    bare = {"id": 1, "image_id": 7, "category_id": 5, "bbox": [2, 3, 18, 22], "area": None}
+    config = written("\N{BYTE ORDER MARK}" + json.dumps(dataset(annotations=[bare, annotation(2, segmentation=[])])))
+    index = coco_index.read_index(config.train_annotations)
+    assert index.areas.tolist() == [396, 200]
+    assert index.crowd.tolist() == index.ignore.tolist() == [False, False]
+    assert [index.segmentation(a) for a in (0, 1)] == [None, None]
 
 
 def test_files_and_folders_that_are_not_there_are_errors(written):

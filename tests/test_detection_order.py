@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from simam_jax import DetectionPreprocessing, UserError
 from simam_jax.data import buckets
 from simam_jax.data.buckets import Place
 
@@ -63,3 +64,36 @@ def test_shapes_that_few_images_have_take_a_larger_one():
         for before, after in zip(shapes, buckets.merged(shapes, least), strict=True):
             assert before[0] <= after[0]
             assert before[1] <= after[1]
+
+
+BUCKETS = {
+    1: {(1344, 1344)},
+    2: {(800, 1344), (1344, 800)},
+    6: {(800, 1088), (800, 1216), (800, 1344), (1088, 800), (1216, 800), (1344, 800)},
+    100: {(800, side) for side in range(832, 1345, 128)} | {(side, 800) for side in range(832, 1345, 128)},
+}
+
+
+@pytest.mark.parametrize("count", BUCKETS)
+def test_with_any_number_of_buckets_images_fit_and_every_one_is_shown_once_an_epoch(count):
+    how, sizes = DetectionPreprocessing(buckets=count), np.random.default_rng(1).integers(200, 600, (60, 2)).tolist()
+    resized = [how.resized(*size) for size in sizes]
+    shapes = [how.bucket(*size) for size in resized]
+    assert set(shapes) <= BUCKETS[count]
+    assert {how.bucket(800, 800), how.bucket(800, 1333), how.bucket(1333, 800)} <= BUCKETS[count]
+    assert all(h <= height and w <= width for (h, w), (height, width) in zip(resized, shapes, strict=True))
+    assert count == 100 or {how.bucket(*how.resized(100, w)) for w in range(20, 500)} == BUCKETS[count]
+
+    shapes = buckets.merged(shapes, 4)
+    batches = list(itertools.islice(buckets.training_order(shapes, 4, 1), 90))  # 6 epochs
+    assert all(len({shapes[place.index] for place in batch}) == 1 for batch in batches)
+    shown = Counter(place for batch in batches for place in batch)
+    assert max(shown.values()) == 1
+    assert all(sum(place.epoch == epoch for place in shown) == len(shapes) for epoch in range(4))
+    assert list(itertools.islice(buckets.training_order(shapes, 4, 1), 40, 50)) == batches[40:50]
+
+
+@pytest.mark.parametrize("count", [-2, 0, 3])
+def test_a_wrong_number_of_buckets_is_an_error(count):
+    with pytest.raises(UserError, match=f"buckets={count} must be 1, a square for all images, or an even number"):
+        DetectionPreprocessing(buckets=count)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simam_jax import UserError
 from simam_jax.data.objects import Example
-from simam_jax.detection.rows import Layout, View, eval_row, train_row
+from simam_jax.detection.rows import Layout, View, eval_row, pixels_of, train_row
 from simam_jax.ops.bilinear import resize_bilinear
 from simam_jax.preprocessing import DetectionPreprocessing
 
@@ -116,10 +116,24 @@ def test_evaluation_sees_the_same_pixels_and_no_objects():
 
 def test_a_file_of_another_size_than_the_annotations_say_is_an_error():
     turned = example(size=(40, 30))
-    with pytest.raises(UserError, match=r"30 x 40 pixels.*say 40 x 30.*EXIF rotation"):
+    with pytest.raises(UserError, match=r"30 x 40 pixels.*say 40 x 30.*on its side, without an EXIF tag"):
         eval_row(turned, HOW, (64, 96))
     with pytest.raises(UserError, match=r"say 31 x 40 \(height, width\)\."):
         eval_row(example(size=(31, 40)), HOW, (64, 96))
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_an_exif_tag_turns_the_image_as_opencv_does(tag):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = tag
+    smooth = cv2.resize(PIXELS[:3, :4], (40, 30), interpolation=cv2.INTER_LINEAR)
+    Image.fromarray(smooth).save(buffer, "JPEG", exif=exif, quality=100)
+    wanted = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    got = pixels_of(example(image=buffer.getvalue(), size=wanted.shape[:2]))
+    assert np.abs(got.astype(int) - wanted).max() <= 1
+    if tag > 4:  # annotated as it is stored
+        stored = pixels_of(example(image=buffer.getvalue(), size=(30, 40)))
+        np.testing.assert_array_equal(stored, np.asarray(Image.open(io.BytesIO(buffer.getvalue()))))
 
 
 def test_masks_of_another_size_or_none_are_errors():

@@ -1,8 +1,6 @@
 """What is in a json of COCO's form, and what would go wrong in training on it: `python -m simam_jax.data.check`."""
 
 import argparse
-import contextlib
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,12 +13,14 @@ import numpy as np
 from simam_jax import errors
 from simam_jax.data import coco
 from simam_jax.data.coco_index import Index, read_index
+from simam_jax.data.self_score import score
 from simam_jax.paths import local
-from simam_jax.preprocessing import DetectionPreprocessing
+from simam_jax.preprocessing import DetectionPreprocessing, read_upright
 from simam_jax.rcnn.anchors import STRIDES, base_anchors
 
 SHOWN = 5  # of each kind of fault, by number
 PICTURED = 12  # images in a picture
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange height and width
 _SLACK = 1.0  # pixels by which a box may leave its image, or a mask its box
 
 
@@ -42,7 +42,7 @@ class Report:
             text = f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}"
             self.say(name, text)
             if stops:
-                self.faults.append(text)
+                self.faults.append(f"{name}: {text}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,19 +51,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", required=True, help="the folder of its images")
     parser.add_argument("--min-size", type=int, default=800, help="config.data.min_size (default 800)")
     parser.add_argument("--max-size", type=int, default=1333, help="config.data.max_size (default 1333)")
+    parser.add_argument("--buckets", type=int, default=6, help="config.data.buckets (default 6)")
     parser.add_argument("--picture", help="draw the ground truth of some images into this file, a .png or .jpg")
     parser.add_argument(
         "--score", action="store_true", help="score the ground truth against itself, which must give 1.0"
     )
     args = parser.parse_args(argv)
     index, folder = read_index(args.annotations), local(args.images)
-    report = check(index, folder, DetectionPreprocessing(args.min_size, args.max_size))
+    report = check(index, folder, DetectionPreprocessing(args.min_size, args.max_size, buckets=args.buckets))
     print("\n".join(report.lines))
     if args.score:
-        print(score(local(args.annotations), index))
+        print(score(index))
     if args.picture:
-        draw(index, folder, local(args.picture))
-        print(f"{'picture':16} {args.picture}")
+        print("\n".join(draw(index, folder, local(args.picture))))
     print("Training cannot start: " + "; ".join(report.faults) if report.faults else "Training can start.")
     return 1 if report.faults else 0
 
@@ -113,8 +113,7 @@ def _check_boxes(report: Report, index: Index, image_of: np.ndarray) -> None:
     report.count(
         "boxes", "are narrower or lower than a pixel (left out), annotation", index.annotation_ids[(w < 1) | (h < 1)]
     )
-    corners = (w > x) & (h > y) & (w <= width) & (h <= height)  # what x y x y would look like
-    if len(x) and outside.mean() > 0.2 and corners.mean() > 0.9:
+    if coco.looks_like_corners(index):
         report.count("boxes", "annotations look like x y x y, where COCO has x y width height", ["all"], stops=True)
 
 
@@ -149,34 +148,47 @@ def _check_files(report: Report, index: Index, folder: Path) -> None:
 
     missing = coco.missing_files(index, folder)
     report.count("files", f"are not in {folder}", missing, stops=True)
-    gone, unreadable, turned, other = set(missing), [], [], []
+    gone, unreadable, tagged, stored, lying, other = set(missing), [], [], [], [], []
     for file, size in _progress("files", list(zip(index.files, index.sizes.tolist(), strict=True))):
         if file in gone:
             continue
         try:
             with Image.open(folder / file) as image:
-                found = [image.height, image.width]
+                if image.mode == "F":
+                    raise errors.UserError("floating-point values: save it with 8 or 16 bits a value")
+                found, tag = [image.height, image.width], image.getexif().get(ORIENTATION, 1)
         except Exception as error:  # damaged files make PIL raise anything
             unreadable.append(f"{file} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
             continue
-        if found != size:
-            (turned if found == size[::-1] else other).append(file)
+        turned = found[::-1] if tag in SIDEWAYS else found
+        if size == turned:
+            tagged += [file] if 1 < tag <= 8 else []
+        elif size == found:
+            stored.append(file)
+        else:
+            (lying if size == found[::-1] else other).append(file)
     report.count("files", "cannot be read", unreadable, stops=True)
+    report.count("files", "are turned as their EXIF tag says, which the json agrees with", tagged)
     report.count(
-        "files", "lie on their side: annotated as their EXIF rotation shows them; save them upright", turned, stops=True
+        "files",
+        "have an EXIF tag that turns them, but the json is of them as they are stored: so are they read",
+        stored,
     )
+    report.count("files", "lie on their side, without an EXIF tag that says so; save them upright", lying, stops=True)
     report.count("files", "are of another size than the json says", other, stops=True)
 
 
 def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: DetectionPreprocessing) -> np.ndarray:
-    """(objects,) the largest IoU of any anchor with each object's box, in the resized image.
+    """(objects,) the largest IoU of any anchor with each object's box, cut to its image as for training, when resized.
 
     Of all anchors of a shape the one whose centre is nearest overlaps a box the most.
     """
     sizes = index.sizes[image_of[which]]
     resized = np.array([how.resized(*size) for size in sizes.tolist()])
     scale = (resized / sizes)[:, ::-1]
-    corner, side = index.boxes[which, :2] * scale, index.boxes[which, 2:] * scale
+    x1y1, x2y2 = index.boxes[which, :2], index.boxes[which, :2] + index.boxes[which, 2:]
+    corner, end = (points.clip(0, sizes[:, ::-1]) * scale for points in (x1y1, x2y2))
+    side = end - corner
     centre, best = corner + side / 2, np.zeros(len(side))
     for stride in STRIDES:
         last = -(-resized[:, ::-1] // stride) - 1
@@ -189,62 +201,22 @@ def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: D
     return best
 
 
-def score(annotations: Path, index: Index) -> str:
-    """COCO's scores of the ground truth against itself, and which annotations cannot be found."""
-    with errors.naming_extras():
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+def draw(index: Index, folder: Path, path: Path) -> list[str]:
+    """Draws boxes and class names of some images, evenly chosen, into one picture; lines that say what was drawn.
 
-    lines = []
-    kinds: list[Any] = ["bbox", *(["segm"] if np.diff(index.segmentation_ends).any() else [])]
-    for kind in kinds:
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth: Any = COCO(annotations)
-            objects = [
-                annotation
-                for annotation in truth.dataset.get("annotations", [])
-                if not annotation.get("iscrowd") and (kind == "bbox" or annotation.get("segmentation"))
-            ]
-            results = [
-                {"image_id": each["image_id"], "category_id": each["category_id"], "score": 1.0}
-                | ({"bbox": each["bbox"]} if kind == "bbox" else {"segmentation": truth.annToRLE(each)})
-                for each in objects
-            ]
-            evaluation: Any = COCOeval(truth, truth.loadRes(results), kind) if results else None
-            if evaluation:
-                evaluation.evaluate()
-                evaluation.accumulate()
-                evaluation.summarize()
-        if evaluation is None:
-            lines.append(f"{'score':16} {kind}: there is nothing to score")
-            continue
-        missed = _missed(evaluation)
-        text = f"{kind} AP {evaluation.stats[0]:.6f}"
-        lines.append(f"{'score':16} {text}" + (f"; not found: annotation {', '.join(missed)}" if missed else ""))
-    return "\n".join(lines)
-
-
-def _missed(evaluation: Any) -> list[str]:
-    """The first annotations that no detection matches at the strictest threshold."""
-    missed = [
-        str(number)
-        for image in evaluation.evalImgs
-        if image is not None and image["aRng"] == evaluation.params.areaRng[0]
-        for number, match, ignored in zip(image["gtIds"], image["gtMatches"][-1], image["gtIgnore"], strict=True)
-        if not match and not ignored
-    ]
-    return missed[:SHOWN]
-
-
-def draw(index: Index, folder: Path, path: Path) -> None:
-    """Draws boxes and class names of some images, evenly chosen, into one picture."""
+    Raises:
+        UserError: the picture cannot be written.
+    """
     from PIL import Image, ImageDraw
 
     chosen = np.unique(np.linspace(0, len(index.files) - 1, PICTURED).round().astype(int)) if index.files else []
-    tiles, side = [], 400
+    tiles, lines, side = [], [], 400
     for place in chosen:
-        with Image.open(folder / index.files[place]) as opened:
-            image = opened.convert("RGB")
+        try:
+            image = read_upright(folder / index.files[place], tuple(index.sizes[place].tolist()))
+        except errors.UserError as error:
+            lines.append(f"{'picture':16} without {index.files[place]}: {error}")
+            continue
         pen, factor = ImageDraw.Draw(image), max(image.size) / side
         for a in range(index.first[place], index.first[place + 1]):
             x, y, w, h = index.boxes[a].tolist()
@@ -261,11 +233,17 @@ def draw(index: Index, folder: Path, path: Path) -> None:
             )
         image.thumbnail((side, side))
         tiles.append(image)
-    columns = min(4, max(len(tiles), 1))
-    sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side or side))
+    if not tiles:
+        return [*lines, f"{'picture':16} none: there is no image to draw"]
+    columns = min(4, len(tiles))
+    sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side))
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * side, i // columns * side))
-    sheet.save(path)
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"The picture {path} cannot be written: {error}.") from error
+    return [*lines, f"{'picture':16} {path}"]
 
 
 def _progress(name: str, items: list[Any]) -> Iterator[Any]:

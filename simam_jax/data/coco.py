@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from simam_jax.data.coco_index import Index, read_index
 from simam_jax.data.objects import Example, Examples
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.paths import local
+from simam_jax.preprocessing import ImageLike
 
 logger = logging.getLogger(__name__)
 LEAST_SIDE = 32  # pixels: smaller images are left out of training
@@ -58,6 +59,15 @@ def chosen(index: Index) -> Chosen:
     return Chosen(np.flatnonzero(known & ~small), left, {reason: count for reason, count in out.items() if count})
 
 
+def looks_like_corners(index: Index) -> bool:
+    """Whether the boxes seem to be x y x y, where COCO has x y width height."""
+    x, y, w, h = index.boxes.T
+    height, width = index.sizes[index.image_of()].T
+    outside = (x + w > width + 1) | (y + h > height + 1)
+    corners = (w > x) & (h > y) & (w <= width) & (h <= height)
+    return bool(len(x) and outside.mean() > 0.2 and corners.mean() > 0.9)
+
+
 def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
     """The "train" or "eval" examples that `config` (the section config.data) names.
 
@@ -72,20 +82,54 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
             f"{len(absent)} of {len(index.files)} images of {annotations} are not in {folder}, the first: "
             f"{', '.join(absent[:3])}. Name their folder with --config.data.{split}_images."
         )
+    return examples_of(
+        index,
+        split,
+        masks=masks,
+        source=str(annotations),
+        image=lambda place: folder / index.files[place],
+        name=lambda place: str(folder / index.files[place]),
+    )
+
+
+def examples_of(
+    index: Index,
+    split: str,
+    *,
+    masks: bool,
+    source: str,
+    image: Callable[[int], ImageLike],
+    name: Callable[[int], str],
+) -> Examples:
+    """The "train" or "eval" examples of an index.
+
+    Args:
+        index: has the annotations.
+        split: of "train" what cannot be learned from is left out, counted and said.
+        masks: whether they are needed.
+        source: what messages call the index.
+        image: from the place of an image in the index to a file's path or its bytes.
+        name: from the same to what a message calls it.
+
+    Raises:
+        UserError: for masks, objects without any.
+    """
     if split == "train":
         seen = chosen(index)
+        if looks_like_corners(index):
+            logger.warning("%s: the boxes look like x y x y, where COCO has x y width height.", source)
         if seen.left_out:
             parts = ", ".join(f"{count} {reason}" for reason, count in seen.left_out.items())
-            logger.warning("%s: left out of training: %s.", annotations, parts)
+            logger.warning("%s: left out of training: %s.", source, parts)
     else:
         seen = Chosen(np.arange(len(index.image_ids)), index.labels >= 0, {})
     own = [np.flatnonzero(seen.annotations[a:b]) + a for a, b in zip(index.first[:-1], index.first[1:], strict=True)]
     without = np.flatnonzero(
         seen.annotations & (np.diff(index.segmentation_ends) == 0) & np.isin(index.image_of(), seen.images)
     )
-    if masks and split == "train" and len(without):
+    if masks and len(without):
         raise UserError(
-            f"{annotations}: {len(without)} annotations have no segmentation, the first is "
+            f"{source}: {len(without)} annotations have no segmentation, the first is "
             f"{index.annotation_ids[without[0]]}, and a Mask R-CNN needs them: take a Faster R-CNN."
         )
 
@@ -99,9 +143,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
         def masks_of() -> np.ndarray:
             return np.array([mask_of(index.segmentation(a), height, width) for a in objects]).reshape(-1, height, width)
 
-        return Example(
-            folder / index.files[place], (height, width), boxes, index.labels[objects], masks_of if masks else None
-        )
+        return Example(image(int(place)), (height, width), boxes, index.labels[objects], masks_of if masks else None)
 
     return Examples(
         sizes=index.sizes[seen.images],
@@ -110,7 +152,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
         category_ids=index.category_ids,
         most_objects=max((len(own[place]) for place in seen.images), default=0),
         read=read,
-        name=lambda i: str(folder / index.files[seen.images[i]]),
+        name=lambda i: name(int(seen.images[i])),
         annotations=lambda: annotations_of(index, masks=masks),
     )
 
@@ -151,11 +193,20 @@ def missing_files(index: Index, folder: Path) -> list[str]:
     return missing
 
 
-def annotations_of(index: Index, *, masks: bool) -> list[dict[str, Any]]:
-    """The annotations in COCO's form, as evaluation wants them."""
+def annotations_of(index: Index, *, masks: bool, which: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """The annotations in COCO's form, as evaluation wants them, with compressed run lengths for masks.
+
+    Args:
+        index: has them.
+        masks: whether they are needed.
+        which: (a,) bool; None: all of listed categories.
+
+    Raises:
+        UserError: a mask that cannot be read; the message names its annotation.
+    """
     image_of = index.image_of()
     found = []
-    for a in np.flatnonzero(index.labels >= 0).tolist():
+    for a in np.flatnonzero(index.labels >= 0 if which is None else which).tolist():
         annotation = {
             "image_id": int(index.image_ids[image_of[a]]),
             "category_id": int(index.category_ids[index.labels[a]]),
@@ -164,7 +215,12 @@ def annotations_of(index: Index, *, masks: bool) -> list[dict[str, Any]]:
             "iscrowd": int(index.crowd[a]),
             "ignore": int(index.ignore[a]),
         }
-        found.append(annotation | ({"segmentation": index.segmentation(a) or []} if masks else {}))
+        if masks:
+            try:
+                annotation["segmentation"] = rle_of(index.segmentation(a), *index.sizes[image_of[a]].tolist())
+            except UserError as error:
+                raise UserError(f"Annotation {index.annotation_ids[a]}: {error}") from error
+        found.append(annotation)
     return found
 
 
@@ -177,24 +233,57 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
     with naming_extras():
         from pycocotools import mask
 
+    return mask.decode(rle_of(segmentation, height, width)).astype(bool)
+
+
+def rle_of(segmentation: Any, height: int, width: int) -> Any:
+    """Pycocotools' compressed run lengths of a mask in any of COCO's forms; what would lead it beyond its memory is refused.
+
+    Raises:
+        UserError: as of `mask_of`.
+    """
+    with naming_extras():
+        from pycocotools import mask
+
     try:
         if isinstance(segmentation, list):
             # Coordinates far away make pycocotools write beyond its memory.
             if not all(abs(x) <= 10 * max(height, width) for polygon in segmentation for x in polygon):
                 raise UserError(f"A polygon leaves its image of {width} x {height} pixels by far, or is not finite.")
-            rle = mask.merge(mask.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation, Mapping):
-            if list(segmentation["size"]) != [height, width]:
-                raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
-            counts = segmentation["counts"]
-            if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != height * width):
-                raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
-            plain: Any = segmentation
-            rle = mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
-        else:
+            return mask.merge(mask.frPyObjects(segmentation, height, width))
+        if not isinstance(segmentation, Mapping):
             raise UserError(f"A segmentation is {type(segmentation).__name__}, neither polygons nor run lengths.")
-        return mask.decode(rle).astype(bool)
+        if list(segmentation["size"]) != [height, width]:
+            raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
+        counts = segmentation["counts"]
+        runs = counts if isinstance(counts, list) else _run_lengths(counts)
+        if min(runs, default=-1) < 0 or sum(runs) != height * width:
+            raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
+        plain: Any = segmentation
+        return mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
     except UserError:
         raise
     except Exception as error:  # pycocotools raises anything
-        raise UserError(f"A segmentation cannot be read: {error or type(error).__name__}.") from error
+        text = str(error).rstrip(".") or type(error).__name__
+        raise UserError(f"A segmentation cannot be read: {text}.") from error
+
+
+def _run_lengths(counts: str | bytes) -> list[int]:
+    """The run lengths in COCO's compressed text.
+
+    A character has five bits of a number, the lowest first, and a sixth that says that more follow; the last bit is the sign.
+    From the fourth on, a number is the difference to the one before the last.
+    """
+    digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise UserError("The compressed run lengths of a mask are cut short, or are none.")
+    last = np.flatnonzero(~digits & 32)
+    first = np.concatenate(([0], last[:-1] + 1))
+    lengths = last - first + 1
+    if lengths.max() > 7:
+        raise UserError("The compressed run lengths of a mask have a number of more than 32 bits.")
+    places = 5 * (np.arange(len(digits)) - np.repeat(first, lengths))
+    runs = np.add.reduceat((digits & 31) << places, first) - ((digits[last] >> 4 & 1) << 5 * lengths)
+    for start in (1, 2):
+        runs[start::2] = runs[start::2].cumsum()
+    return runs.tolist()

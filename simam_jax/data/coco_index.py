@@ -1,5 +1,6 @@
 """COCO's annotations: a json with any categories as flat arrays, which are kept between runs."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from simam_jax.data import cache
-from simam_jax.errors import UserError
+from simam_jax.errors import UserError, naming_extras
 from simam_jax.paths import local
 
-_VERSION = 1  # of what the cache holds
+_VERSION = 2  # of what the cache holds
+_MOST_PIXELS = 2**31  # of a side
 
 
 @dataclass(frozen=True)
@@ -91,85 +93,113 @@ def read_index(annotations: str | os.PathLike[str]) -> Index:
 
 
 def _parsed(path: Path) -> Index:
-    try:
-        with path.open("rb") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in ("images", "categories")):
-        raise UserError(f"{path} is no COCO json: it needs the lists images, annotations and categories.")
-    images, categories, annotations = found["images"], found["categories"], found.get("annotations", [])
-    image_ids = _column(path, "images", images, "id", np.int64)
-    category_ids = _column(path, "categories", categories, "id", np.int64)
-    class_names = [str(category.get("name", "")) for category in categories]
+    found = _decoded(path)
+    images, categories, annotations = found.images, found.categories, found.annotations
+    image_ids = np.array([image.id for image in images], np.int64)
+    category_ids = np.array([category.id for category in categories], np.int64)
+    class_names = [category.name for category in categories]
+    annotation_ids = np.array([annotation.id for annotation in annotations], np.int64)
     _refuse_twins(path, "image id", image_ids.tolist())
     _refuse_twins(path, "category id", category_ids.tolist())
     _refuse_twins(path, "category name", class_names)
+    _refuse_twins(path, "annotation id", annotation_ids.tolist())
     if not categories:
         raise UserError(f"{path} has no categories: there is nothing to learn.")
-    sizes = [_column(path, "images", images, side, np.int32) for side in ("height", "width")]
-    files = [image.get("file_name") for image in images]
-    if bad := [i for i, name in zip(image_ids, files, strict=True) if not isinstance(name, str) or not name]:
-        raise UserError(f"{path}: image {bad[0]} has no file_name.")
+    for image in images:
+        if not image.file_name:
+            raise UserError(f"{path}: image {image.id} has no file_name.")
+        if not (0 < image.height < _MOST_PIXELS and 0 < image.width < _MOST_PIXELS):
+            raise UserError(
+                f"{path}: image {image.id} is of {image.width} x {image.height} pixels, which no image can be."
+            )
 
-    own = _column(path, "annotations", annotations, "image_id", np.int64)
     places = {image: place for place, image in enumerate(image_ids.tolist())}
-    image_of = np.array([places.get(image, -1) for image in own.tolist()], np.int64)
+    image_of = np.array([places.get(annotation.image_id, -1) for annotation in annotations], np.int64)
     if (image_of < 0).any():
         strays = np.flatnonzero(image_of < 0)
         raise UserError(
-            f"{path}: {len(strays)} annotations are of images that are not listed, the first of image {own[strays[0]]}."
+            f"{path}: {len(strays)} annotations are of images that are not listed, the first of image "
+            f"{annotations[strays[0]].image_id}."
         )
-    annotation_ids = _column(path, "annotations", annotations, "id", np.int64)
-    _refuse_twins(path, "annotation id", annotation_ids.tolist())
     label_of = {category: label for label, category in enumerate(category_ids.tolist())}
-    categories_of = _column(path, "annotations", annotations, "category_id", np.int64)
-    boxes = [annotation.get("bbox") for annotation in annotations]
-    for annotation, box in zip(annotation_ids, boxes, strict=True):
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-            raise UserError(f"{path}: annotation {annotation} has the bbox {box!r}, not [x, y, width, height].")
-    boxes = np.array(boxes, np.float64).reshape(-1, 4)
-    if not np.isfinite(boxes).all():
-        odd = np.flatnonzero(~np.isfinite(boxes).all(1))[0]
-        raise UserError(
-            f"{path}: annotation {annotation_ids[odd]} has the bbox {boxes[odd].tolist()}, which is not finite."
-        )
-    areas = [annotation.get("area", box[2] * box[3]) for annotation, box in zip(annotations, boxes, strict=True)]
-    texts = [
-        b"" if (segmentation := annotation.get("segmentation")) in (None, []) else json.dumps(segmentation).encode()
-        for annotation in annotations
-    ]
     order = np.argsort(image_of, kind="stable")
+    annotations = [annotations[place] for place in order]
+    boxes = np.array([annotation.bbox for annotation in annotations], np.float64).reshape(-1, 4)
+    areas = [
+        box[2] * box[3] if annotation.area is None else annotation.area
+        for annotation, box in zip(annotations, boxes, strict=True)
+    ]
+    texts = [b"" if _is_none(annotation.segmentation) else annotation.segmentation for annotation in annotations]
     return Index(
         image_ids=image_ids,
-        files=files,
-        sizes=np.stack(sizes, -1),
+        files=[image.file_name for image in images],
+        sizes=np.array([(image.height, image.width) for image in images], np.int32).reshape(-1, 2),
         category_ids=category_ids,
         class_names=class_names,
         first=np.searchsorted(image_of[order], np.arange(len(images) + 1)),
-        boxes=boxes[order],
-        labels=np.array([label_of.get(category, -1) for category in categories_of.tolist()], np.int32)[order],
-        areas=np.array(areas, np.float64)[order],
-        crowd=np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool)[order],
-        ignore=np.array([bool(annotation.get("ignore", 0)) for annotation in annotations], bool)[order],
+        boxes=boxes,
+        labels=np.array([label_of.get(annotation.category_id, -1) for annotation in annotations], np.int32),
+        areas=np.array(areas, np.float64),
+        crowd=np.array([bool(annotation.iscrowd) for annotation in annotations], bool),
+        ignore=np.array([bool(annotation.ignore) for annotation in annotations], bool),
         annotation_ids=annotation_ids[order],
-        segmentations=np.frombuffer(b"".join(texts[i] for i in order), np.uint8),
-        segmentation_ends=np.concatenate([[0], np.cumsum([len(texts[i]) for i in order], dtype=np.int64)]),
+        segmentations=np.frombuffer(b"".join(texts), np.uint8),
+        segmentation_ends=np.concatenate([[0], np.cumsum([len(text) for text in texts], dtype=np.int64)]),
     )
 
 
-def _column(path: Path, kind: str, entries: Sequence[Any], name: str, dtype: type) -> np.ndarray:
-    """The whole numbers of that name in every entry."""
-    values = [entry.get(name) if isinstance(entry, dict) else None for entry in entries]
-    for place, value in enumerate(values):
-        if type(value) is not int:
-            raise UserError(f"{path}: {kind}[{place}] has {name}={value!r}, which is no whole number.")
-    return np.array(values, dtype)
+def _decoded(path: Path) -> Any:
+    """The json's images, categories and annotations; segmentations stay text, which is most of it and takes the most time."""
+    with naming_extras():
+        import msgspec
+
+    class Image(msgspec.Struct, gc=False):
+        id: int
+        height: int
+        width: int
+        file_name: str = ""
+
+    class Category(msgspec.Struct, gc=False):
+        id: int
+        name: str = ""
+
+    class Annotation(msgspec.Struct, gc=False):
+        id: int
+        image_id: int
+        category_id: int
+        bbox: tuple[float, float, float, float]
+        area: float | None = None
+        iscrowd: float | bool | None = None
+        ignore: float | bool | None = None
+        segmentation: msgspec.Raw = msgspec.Raw(b"")
+
+    class Data(msgspec.Struct, gc=False):
+        images: list[Image]
+        categories: list[Category]
+        annotations: list[Annotation] = []
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    try:
+        return msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=Data)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"{path} is no COCO json, with the lists images, annotations and categories: {error}."
+        ) from error
+    except msgspec.DecodeError as error:
+        hint = " NaN and Infinity are no numbers of JSON." if b"NaN" in content or b"Infinity" in content else ""
+        raise UserError(f"{path} cannot be read as JSON: {error}.{hint}") from error
+
+
+def _is_none(segmentation: Any) -> bool:
+    """Whether the text of a segmentation says that there is none."""
+    return len(segmentation) < 9 and b"".join(bytes(segmentation).split()) in (b"", b"null", b"[]")
 
 
 def _refuse_twins(path: Path, what: str, values: Sequence[Any]) -> None:
-    twins = [value for value, count in Counter(values).items() if count > 1]
-    if twins:
-        raise UserError(
-            f"{path}: the {what} {twins[0]!r} stands there {values.count(twins[0])} times; each must be unique."
-        )
+    if len(set(values)) == len(values):
+        return
+    value, count = Counter(values).most_common(1)[0]
+    raise UserError(f"{path}: the {what} {value!r} stands there {count} times; each must be unique.")

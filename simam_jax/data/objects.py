@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from simam_jax.errors import UserError, unknown
 from simam_jax.preprocessing import ImageLike
 
-SOURCES = ("coco", "digit_scenes")
+SOURCES = ("coco", "tfds", "digit_scenes")
 
 
 class Example(NamedTuple):
@@ -85,6 +85,10 @@ def open_examples(config: ConfigDict, split: str, *, masks: bool) -> Examples:
         from simam_jax.data.coco import open_coco
 
         examples = open_coco(config, split, masks=masks)
+    elif config.source == "tfds":
+        from simam_jax.data.tfds_objects import open_objects
+
+        examples = open_objects(config, split, masks=masks)
     else:
         from simam_jax.data.digit_scenes import open_scenes
 

@@ -1,6 +1,8 @@
 """Records of TFDS data sets, which are prepared once as TFRecord files."""
 
 import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -38,6 +40,15 @@ def builder_of(name: str, data_dir: str):
 
 def open_prepared(config: ConfigDict, split: str) -> Records:
     """A split of a TFDS data set, which must be prepared."""
+    return _records_of(prepared_builder(config), split)
+
+
+def prepared_builder(config: ConfigDict):
+    """The builder of the TFDS data set that `config` (the section config.data) names.
+
+    Raises:
+        UserError: it is unknown, or not prepared.
+    """
     builder = builder_of(config.name, config.data_dir)
     if not builder.info.splits:
         where = f" --data_dir {config.data_dir}" if config.data_dir else ""
@@ -45,7 +56,7 @@ def open_prepared(config: ConfigDict, split: str) -> Records:
             f"The TFDS data set {config.name!r} is not prepared in {builder.data_dir}. Prepare it once with: "
             f"python -m simam_jax.data.prepare {config.name}{where}"
         )
-    return _records_of(builder, split)
+    return builder
 
 
 def open_digits(config: ConfigDict, split: str) -> Records:
@@ -73,10 +84,6 @@ def _records_of(builder, split: str) -> Records:
     """A split of a prepared TFDS builder with the features `image` and `label`."""
     import tensorflow_datasets as tfds
 
-    try:
-        info = builder.info.splits[split]
-    except (KeyError, ValueError):
-        raise errors.unknown(f"split of {builder.info.full_name}", split, builder.info.splits) from None
     features = dict(builder.info.features)
     if not (
         isinstance(features.get("image"), tfds.features.Image)
@@ -86,6 +93,37 @@ def _records_of(builder, split: str) -> Records:
             f"{builder.info.full_name} is no classification data set: it needs the features 'image' (Image) and "
             f"'label' (ClassLabel), and has {', '.join(features)}."
         )
+    stored = stored_records(builder, split)
+    fields = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
+
+    def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
+        example = tf.io.parse_single_example(stored.record(index), fields)
+        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
+
+    return Records(stored.count, tuple(features["label"].names), read, stored.name)
+
+
+class Stored(NamedTuple):
+    """Random access to the serialized records of a split: how many, how to read one, and what a message calls it."""
+
+    count: int
+    record: Callable[[Any], Any]
+    name: Callable[[int], str]
+    files: list[str]
+
+
+def stored_records(builder, split: str) -> Stored:
+    """The records of a split of a prepared TFDS builder.
+
+    Raises:
+        UserError: an unknown split, or another file format than TFRecord.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        info = builder.info.splits[split]
+    except (KeyError, ValueError):
+        raise errors.unknown(f"split of {builder.info.full_name}", split, builder.info.splits) from None
     if builder.info.file_format not in (None, tfds.core.FileFormat.TFRECORD):
         raise UserError(
             f"{builder.data_dir} was prepared as {builder.info.file_format.value}; only tfrecord, TFDS's default, can be "
@@ -96,13 +134,8 @@ def _records_of(builder, split: str) -> Records:
     offsets = [table[file.skip : file.skip + file.take] for table, file in parts]
     shard_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(shard) for shard in offsets])
     record = record_reader(files, shard_of, np.concatenate(offsets))
-    fields = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
-
-    def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        example = tf.io.parse_single_example(record(index), fields)
-        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
 
     def name(index: int) -> str:
         return f"example {index} of {split!r} in {builder.data_dir} (file {files[shard_of[index]]})"
 
-    return Records(len(shard_of), tuple(features["label"].names), read, name)
+    return Stored(len(shard_of), record, name, files)

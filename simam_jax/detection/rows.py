@@ -11,7 +11,7 @@ import numpy as np
 
 from simam_jax.data.objects import Example
 from simam_jax.errors import UserError
-from simam_jax.preprocessing import DetectionPreprocessing, read_rgb
+from simam_jax.preprocessing import DetectionPreprocessing, read_upright
 
 Row = dict[str, np.ndarray]
 
@@ -57,7 +57,7 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
     Raises:
         UserError: the image cannot be read, is not of the size that the data say, or its masks are not.
     """
-    pixels = _pixels(example)
+    pixels = pixels_of(example)
     size = pixels.shape[:2]
     resized = _scaled(how.resized(*size), view.scale)
     top, left = (round(share * max(n - m, 0)) for share, n, m in zip(view.corner, resized, layout.shape, strict=True))
@@ -97,7 +97,7 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
 
 def eval_row(example: Example, how: DetectionPreprocessing, shape: tuple[int, int]) -> Row:
     """The image: `image` and `image_size` as of `train_row`, and `original_size`, int32 (2,), as it was read."""
-    pixels = _pixels(example)
+    pixels = pixels_of(example)
     resized = how.resized(*pixels.shape[:2])
     image = np.zeros((*shape, 3), np.uint8)
     image[: resized[0], : resized[1]] = _resize(pixels, resized)
@@ -108,15 +108,19 @@ def eval_row(example: Example, how: DetectionPreprocessing, shape: tuple[int, in
     }
 
 
-def _pixels(example: Example) -> np.ndarray:
-    """uint8 (H, W, 3)."""
-    pixels = np.asarray(read_rgb(example.image))
+def pixels_of(example: Example) -> np.ndarray:
+    """uint8 (H, W, 3), as the annotations see the image.
+
+    Raises:
+        UserError: the image cannot be read, or is not of the size that the data say.
+    """
+    pixels = np.asarray(read_upright(example.image, example.size))
     if pixels.shape[:2] != example.size:
         rotated = pixels.shape[1::-1] == example.size
         raise UserError(
             f"The file has {pixels.shape[0]} x {pixels.shape[1]} pixels, and the annotations say {example.size[0]} x "
             f"{example.size[1]} (height, width)"
-            + (": they are of the image as its EXIF rotation shows it. Save it upright." if rotated else ".")
+            + (": it lies on its side, without an EXIF tag that says so. Save it upright." if rotated else ".")
         )
     return pixels
 

@@ -19,12 +19,13 @@ from simam_jax.detection.detections import Detections
 from simam_jax.detection.drawing import SHOWN
 from simam_jax.detection.evaluation import CocoEvaluator, describe_scores, truth_of
 from simam_jax.detection.masks import Masks
+from simam_jax.detection.rows import pixels_of
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.models import Detector, variable_shapes
 from simam_jax.models.costs import summarize
 from simam_jax.models.detector import trainable
 from simam_jax.models.detector_losses import LOSSES, Targets, losses_and_statistics
-from simam_jax.preprocessing import DetectionPreprocessing, read_rgb
+from simam_jax.preprocessing import DetectionPreprocessing
 from simam_jax.task import AXIS, Batch, Scores, Sums, Task, Tree
 
 SHOWN_IMAGES = 4  # pictures for TensorBoard
@@ -217,7 +218,7 @@ def _pictures(model: Detector, config: ConfigDict, evaluation: objects.Examples,
 def _side_by_side(evaluation: objects.Examples, index: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
     """uint8 (H, 2 W, 3): the ground truth, and what the network found."""
     example = evaluation.read(index)
-    pixels, count = np.asarray(read_rgb(example.image)), int(found["count"])
+    pixels, count = pixels_of(example), int(found["count"])
     masks = example.masks() if example.masks and "masks" in found else None
     truth = Detections(
         example.boxes, np.ones(len(example.boxes), np.float32), example.labels, masks, evaluation.class_names
