@@ -220,6 +220,7 @@ def in_every_mode(kind):
         buffer = io.BytesIO()
         with contextlib.suppress(OSError, ValueError):  # not in this format
             image.save(buffer, kind, **options)
+            Image.open(io.BytesIO(buffer.getvalue())).load()  # PIL 12.3 writes TIFFs in YCbCr that it cannot read
             yield mode, buffer.getvalue()
 
 

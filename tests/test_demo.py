@@ -120,7 +120,7 @@ def test_what_objects_cover_is_their_masks_or_their_boxes():
     assert covered["cat"][::2, ::2].tolist() == [[True, True, False, False]] * 2
     masks = np.zeros((3, 2, 4), bool)
     masks[2, 1, 3] = True
-    covered = dataclasses.replace(found, masks=masks).covered((2, 4), (4, 2))
+    covered = dataclasses.replace(found, segmentation=masks).covered((2, 4), (4, 2))
     assert not covered["cat"].any()
     assert np.argwhere(covered["dog"]).tolist() == [[1, 3]]
     empty = Detections(boxes[:0], np.ones(0, np.float32), np.zeros(0, int), None, ("cat", "dog"))

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from simam_jax import DetectionPreprocessing, UserError, checkpoints, create_model, export, to_onnx
-from simam_jax.detection.masks import in_image
+from simam_jax.detection.masks import Masks
 from simam_jax.export import detectors
 from simam_jax.export.agreement import agreement
 from simam_jax.inference import DetectorPredictor
@@ -138,7 +138,7 @@ def test_a_fresh_process_finds_what_predictor_finds(format, mask_rcnn, tmp_path,
             count, scale = found["count"][row], np.array(resized.pixels.shape[:2]) / resized.size
             assert count == len(expected) > 0
             boxes = found["boxes"][row] / scale[[1, 0, 1, 0]]
-            masks = in_image(found["masks"][row], boxes.astype(np.float32), count, resized.size)
+            masks = np.asarray(Masks(found["masks"][row][:count], boxes[:count].astype(np.float32), resized.size))
             for box, score, label, mask in zip(
                 expected.boxes, expected.scores, expected.labels, expected.masks, strict=True
             ):
