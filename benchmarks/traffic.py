@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from benchmarks import measure, networks
 from simam_jax.errors import UserError, run_cli
 from simam_jax.models import variable_shapes
+from simam_jax.ops.dispatch import lowering_for
 from simam_jax.training import step as steps
 
 TARGET = Path(__file__).parent / "h100.txtpb"
@@ -71,7 +72,8 @@ def _compiled(name: str, attention: str, batch_size: int):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     arguments = placed(train_state, steps.replicated(mesh)), placed(batch, steps.batch_sharded(mesh))
-    return step.lower(*arguments).compile()
+    with lowering_for("gpu"):  # this process is on a CPU
+        return step.lower(*arguments).compile()
 
 
 def traffic(program: str) -> tuple[float, float]:
