@@ -18,9 +18,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks import detectors, measure
+from benchmarks.simam_op import SHAPES
 from simam_jax.errors import run_cli
 
-SHAPES = ((56, 64), (28, 128), (14, 256), (7, 512))  # height = width, channels
 OP_CALLS, STEP_CALLS = 50, 5  # in a run
 
 Timers = dict[str, measure.Timer]
@@ -102,18 +102,6 @@ def _drawn(shape: tuple[int, ...]):
     return jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
 
 
-def _our_burst(f: Callable[[], Any], calls: int) -> measure.Run:
-    import jax
-
-    def run() -> None:
-        result = None
-        for _ in range(calls):
-            result = f()
-        jax.block_until_ready(result)
-
-    return run
-
-
 def _our_simam(shape: tuple[int, ...], gradient: bool) -> measure.Run:
     import jax
 
@@ -123,7 +111,7 @@ def _our_simam(shape: tuple[int, ...], gradient: bool) -> measure.Run:
         return simam(x, 0.1)
 
     f, x = jax.jit((lambda x: jax.vjp(value, x)[1](x)) if gradient else value), _drawn(shape)
-    return _our_burst(lambda: f(x), OP_CALLS)
+    return measure.burst(lambda: f(x), OP_CALLS)
 
 
 def _copy(shape: tuple[int, ...]) -> measure.Run:
@@ -131,7 +119,7 @@ def _copy(shape: tuple[int, ...]) -> measure.Run:
     import jax
 
     f, x = jax.jit(lambda x: x + 1), _drawn(shape)
-    return _our_burst(lambda: f(x), OP_CALLS)
+    return measure.burst(lambda: f(x), OP_CALLS)
 
 
 def _torch_burst(f: Callable[[], Any], calls: int) -> measure.Run:
@@ -198,7 +186,7 @@ def _our_resnet50(attention: str, count: int, side: int) -> measure.Run:
         held[0], values = step(held[0], batch)
         return values
 
-    run = _our_burst(update, STEP_CALLS)
+    run = measure.burst(update, STEP_CALLS)
     jax.block_until_ready(held[0])
     return run
 
@@ -247,7 +235,7 @@ def _detectors(small: bool, stack: contextlib.ExitStack) -> Iterator[tuple[str, 
 
 
 def _our_detector(name: str, what: str, count: int) -> measure.Run:
-    return _our_burst(detectors.OURS[what](name, count, "bfloat16"), STEP_CALLS)
+    return measure.burst(detectors.OURS[what](name, count, "bfloat16"), STEP_CALLS)
 
 
 def _their_detector(name: str, what: str, count: int) -> measure.Run:

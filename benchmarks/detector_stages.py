@@ -59,15 +59,8 @@ def _compiled(stage: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[measur
     f, args = stage
     start = time.perf_counter()
     compiled = jax.jit(f).lower(*args).compile()
-
-    def run() -> None:
-        result = None
-        for _ in range(CALLS):
-            result = compiled(*args)
-        jax.block_until_ready(result)
-
     seconds = time.perf_counter() - start
-    return run, seconds
+    return measure.burst(lambda: compiled(*args), CALLS), seconds
 
 
 def _stages(

@@ -58,6 +58,19 @@ def torchvision(module: str = "") -> Any:
         raise UserError(f"torchvision cannot be imported ({error}): install the one of torch's release.") from None
 
 
+def burst(start: Run, calls: int) -> Run:
+    """Calls `start`, which gives JAX's arrays, so many times, then waits for the device once."""
+    import jax
+
+    def run() -> None:
+        result = None
+        for _ in range(calls):
+            result = start()
+        jax.block_until_ready(result)
+
+    return run
+
+
 def here(run: Run) -> Timer:
     """Times `run` in this process."""
     return partial(_seconds_a_run, run)

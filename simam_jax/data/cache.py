@@ -1,6 +1,7 @@
 """Arrays kept between runs in the user's cache folder."""
 
 import contextlib
+import hashlib
 import os
 import zipfile
 from pathlib import Path
@@ -11,6 +12,11 @@ import numpy as np
 def folder() -> Path:
     """The user's own cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simam_jax" / "data"
+
+
+def file(kind: str, key: str) -> Path:
+    """The cache file of what `key` names; of another key it is another file."""
+    return folder() / f"{kind}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.npz"
 
 
 def load(path: Path) -> dict[str, np.ndarray] | None:

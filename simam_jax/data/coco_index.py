@@ -1,7 +1,6 @@
 """COCO's annotations: a json with any categories as flat arrays, which are kept between runs."""
 
 import codecs
-import hashlib
 import json
 import os
 from collections import Counter
@@ -77,7 +76,7 @@ def read_index(annotations: str | os.PathLike[str]) -> Index:
     except OSError:
         raise UserError(f"There is no file of annotations {path}.") from None
     key = f"{_VERSION} {path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    kept = cache.folder() / f"coco-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
+    kept = cache.file("coco", key)
     if arrays := cache.load(kept):
         names = {
             name: arrays.pop(name).tobytes().decode("utf-8", "surrogateescape") for name in ("files", "class_names")

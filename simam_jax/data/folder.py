@@ -1,7 +1,6 @@
 """Records of a folder of images: data_dir/SPLIT/CLASS/..., classes numbered in the order of their names."""
 
 import collections
-import hashlib
 import logging
 import os
 import time
@@ -79,7 +78,7 @@ def index_of(root: Path) -> Index:
     Listing a million files takes minutes on a network disk, so the index is kept in the user's cache folder. It is made
     anew when a folder's times or size have changed: the time of a change (ctime) cannot be set by archives or rsync.
     """
-    file = cache.folder() / f"tree-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
+    file = cache.file("tree", str(root))
     saved = cache.load(file)
     if saved and np.array_equal(_stamps(root, _names(saved["folders"])), saved["stamps"]):
         left_out = zip(map(os.fsdecode, _names(saved["left_out"])), saved["left_out_counts"].tolist(), strict=True)

@@ -1,6 +1,5 @@
 """Boxes of TFDS data sets of COCO's form, such as coco/2017: for a Faster R-CNN, because there are no masks."""
 
-import hashlib
 import io
 import logging
 import os
@@ -89,7 +88,7 @@ def _columns(stored: tfds.Stored) -> dict[str, np.ndarray]:
     states = [os.stat(file) for file in stored.files]
     key = repr((_VERSION, stored.name(0) if stored.count else "", stored.count))
     key += repr([(file, s.st_size, s.st_mtime_ns) for file, s in zip(stored.files, states, strict=True)])
-    kept = cache.folder() / f"objects-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.npz"
+    kept = cache.file("objects", key)
     if arrays := cache.load(kept):
         return arrays
     logger.info("Reading %d records once for the sizes of their images, which TFDS does not keep.", stored.count)

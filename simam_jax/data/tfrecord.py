@@ -1,6 +1,5 @@
 """Random access to the records of TFRecord files."""
 
-import hashlib
 import os
 from collections.abc import Callable
 
@@ -33,7 +32,7 @@ def record_offsets(files: list[str]) -> list[np.ndarray]:
     """For each TFRecord file where its records begin, int64 (records,); kept in the user's cache folder."""
     states = [os.stat(file) for file in files]
     stamps = np.array([(state.st_size, state.st_mtime_ns) for state in states], np.int64)
-    file_cache = cache.folder() / f"records-{hashlib.sha256(os.fsencode(chr(0).join(files))).hexdigest()[:16]}.npz"
+    file_cache = cache.file("records", chr(0).join(files))
     saved = cache.load(file_cache)
     if saved and np.array_equal(saved["stamps"], stamps):
         return np.split(saved["offsets"], saved["ends"][:-1])

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from simam_jax import errors
-from simam_jax.detection.apply import detections
+from simam_jax.detection.apply import detections, padded
 from simam_jax.export.agreement import Agreement, agreement
 from simam_jax.export.files import PLATFORMS, check, complete
 from simam_jax.ops.dispatch import lowering_for
-from simam_jax.preprocessing import STRIDE, DetectionPreprocessing, ImageLike
+from simam_jax.preprocessing import STRIDE, DetectionPreprocessing, ImageLike, Resized
 from simam_jax.rcnn import masks, proposals
 
 if TYPE_CHECKING:
@@ -246,11 +246,8 @@ def _run(
     """What both find, two images at a time."""
     for size, members in images.items():
         for i in range(0, len(members), 2):
-            pair = members[i : i + 2]
-            pixels, extent = np.zeros((2, *size, 3), np.uint8), np.zeros((2, 2), np.int32)
-            for row, image in enumerate(pair):
-                extent[row] = image.shape[:2]
-                pixels[row, : image.shape[0], : image.shape[1]] = image
+            pair = [Resized(image, image.shape[:2]) for image in members[i : i + 2]]
+            pixels, extent, _ = padded(pair, size, 2)
             with jax.default_device("cpu"):  # where float32 is not shortened
                 both = network(pixels, extent), exported(pixels, extent)
             rows = len(pair)

@@ -32,20 +32,12 @@ def batch_norm(
     Returns:
         y in x's shape and dtype, and the moments (G, C) of x - shift.
     """
-    mean, var = (each[:, 0, 0] for each in moments(x, shift, (1, 2)))
+    mean, var = group_moments(Moments(*(each[:, 0, 0] for each in moments(x, shift, (1, 2)))))
     # One factor and one offset per group and channel, so that the gradient needs two reductions over the map only.
-    (factor, offset), of_group = factor_and_offset(Moments(mean, var), scale, bias, epsilon, group_moments)
-    y = _affine(x.astype(factor.dtype), shift, factor[:, None, None], offset[:, None, None])
-    return y.astype(x.dtype), of_group
-
-
-def factor_and_offset(
-    own: Moments, scale: jax.Array, bias: jax.Array, epsilon: float, group_moments: GroupMoments
-) -> tuple[tuple[jax.Array, jax.Array], Moments]:
-    """The numbers (G, C) by which (x - shift) * factor + offset is normalised, and the moments of the whole groups."""
-    mean, var = group_moments(own)
     factor = lax.rsqrt(var + epsilon) * scale
-    return (factor, bias - mean * factor), Moments(mean, var)
+    offset = bias - mean * factor
+    y = _affine(x.astype(factor.dtype), shift, factor[:, None, None], offset[:, None, None])
+    return y.astype(x.dtype), Moments(mean, var)
 
 
 @jax.custom_jvp
