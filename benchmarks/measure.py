@@ -4,9 +4,11 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -21,6 +23,7 @@ from simam_jax.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillow")
+_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "pred": 1}  # of HLO's types
 
 _WHILE = 0.1  # seconds
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # see the README; glibc reads it when a process starts
@@ -144,8 +147,17 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def hlo_bytes(types: str) -> int:
+    """The bytes of all arrays named in a piece of an HLO program, such as "(f32[64,3], bf16[8])"."""
+    shapes = re.findall(rf"({'|'.join(_BYTES)})\[([\d,]*)\]", types)
+    return sum(_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in shapes)
+
+
 def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
-    """Writes `benchmarks/results/NAME.json` and prints the rows as a table."""
+    """Writes `benchmarks/results/MACHINE/NAME.json` and prints the rows as a table.
+
+    Each kind of machine has its folder, because what is quicker on one need not be so on another.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
@@ -159,8 +171,9 @@ def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
         "settings": settings,
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    folder = RESULTS / re.sub("[^a-z0-9]+", "-", machine().lower())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 
 

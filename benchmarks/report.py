@@ -1,4 +1,4 @@
-"""The tables of speed, from `benchmarks/results/*.json`, into the pages that show them: python -m benchmarks.report"""
+"""The tables of speed, from `benchmarks/results/*/*.json`, into the pages that show them: python -m benchmarks.report"""
 
 import json
 import re
@@ -12,6 +12,10 @@ TITLES = {
     "inference": ("Inference, images per second over PyTorch's", "python -m benchmarks.versus_torch inference"),
     "simam_op": ("SimAM alone, over PyTorch's", "python -m benchmarks.simam_op"),
     "memory": ("Memory of a training step beside its state", "python -m benchmarks.memory"),
+    "memory_detector": (
+        "Memory of a detector's training step",
+        "python -m benchmarks.memory --model faster_rcnn_resnet50_fpn",
+    ),
     "traffic": ("Memory moved on an H100, counted in the compiled program", "python -m benchmarks.traffic"),
     "predictor": ("`Predictor` from files over the bare network", "python -m benchmarks.predictor"),
     "predictor_detector": (
@@ -26,6 +30,8 @@ TITLES = {
     "accelerator_simam": ("SimAM alone in bfloat16, over PyTorch's", "python -m benchmarks.accelerator --only simam"),
     "accelerator_resnet50": ("ResNet-50's training in bfloat16", "python -m benchmarks.accelerator --only resnet50"),
     "accelerator_detectors": ("Detectors in bfloat16", "python -m benchmarks.accelerator --only detectors"),
+    "scaling_collectives": ("What an update sends, counted in the compiled program", "python -m benchmarks.scaling"),
+    "scaling": ("Many devices, on paper", "python -m benchmarks.scaling"),
     "startup": ("From the command to the first update", "python -m benchmarks.startup"),
 }
 
@@ -39,9 +45,12 @@ PAGES = {
         "predictor",
         "predictor_detector",
         "memory",
+        "memory_detector",
         "startup",
         "detectors",
         "detection_pipeline",
+        "scaling_collectives",
+        "scaling",
     ),
     "simam_jax/ops/README.md": (
         "lowerings_operations",
@@ -56,12 +65,11 @@ BEGIN, END = "<!-- python -m benchmarks.report -->\n", "<!-- end of the report -
 
 
 def report(names: tuple[str, ...]) -> str:
-    """One Markdown table for each of these results that there is, with where and when it was measured."""
+    """One Markdown table for each of these results on each machine, with where and when it was measured."""
     parts = []
     for name in names:
-        path = measure.RESULTS / f"{name}.json"
-        if path.is_file():
-            title, command = TITLES[name]
+        title, command = TITLES[name]
+        for path in sorted(measure.RESULTS.glob(f"*/{name}.json")):
             result = json.loads(path.read_text())
             settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["settings"].items())
             versions = ", ".join(

@@ -29,7 +29,6 @@ from simam_jax.ops.dispatch import lowering_for
 from simam_jax.training import step as steps
 
 TARGET = Path(__file__).parent / "h100.txtpb"
-_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "pred": 1}
 _KERNELS = {"fusion", "custom-call", "copy", "reduce", "transpose", "convert", "reduce-window", "select-and-scatter"}
 _LINE = re.compile(
     r"\s*(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<operands>[^)]*)\)(?P<rest>.*)"
@@ -89,16 +88,11 @@ def traffic(program: str) -> tuple[float, float]:
         if match["op"] not in _KERNELS:
             continue
         operands = re.findall(r"%([\w.\-]+)", match["operands"])
-        whole += _size(match["type"]) + sum(_size(types.get(name, "")) for name in operands)
+        whole += measure.hlo_bytes(match["type"]) + sum(measure.hlo_bytes(types.get(name, "")) for name in operands)
         called = re.search(r"calls=%([\w.\-]+)", match["rest"])
         if match["op"] == "fusion" and called:
             saved += _unread(functions[called[1]])
     return whole / 1e6, (whole - saved) / 1e6
-
-
-def _size(type_text: str) -> int:
-    shapes = re.findall(rf"({'|'.join(_BYTES)})\[([\d,]*)\]", type_text)
-    return sum(_BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n])) for kind, dims in shapes)
 
 
 def _unread(function: str) -> int:
@@ -108,7 +102,7 @@ def _unread(function: str) -> int:
     for parameter in (line for line in lines if line["op"] == "parameter"):
         users = [line for line in lines if f"%{parameter['name']}" in re.findall(r"%[\w.\-]+", line["operands"])]
         if users and all(user["op"] == "slice" for user in users):
-            unread += _size(parameter["type"]) - sum(_size(user["type"]) for user in users)
+            unread += measure.hlo_bytes(parameter["type"]) - sum(measure.hlo_bytes(user["type"]) for user in users)
     return unread
 
 
