@@ -88,9 +88,10 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
             if masks.shape[1:] != size:
                 raise UserError(f"The masks are {masks.shape[1:]} and the image is {size} (height, width).")
             rows, columns = (_nearest(n, m) for n, m in zip(size, resized, strict=True))
-            masks = masks[:, rows[top : top + height]][:, :, columns[left : left + width]]
-            bits = np.packbits(_mirrored(masks, view, 2), axis=-1)
-            packed[: len(kept), :height, : bits.shape[-1]] = bits
+            columns = _mirrored(columns[left : left + width], view, 0)
+            # Columns first, then rows of packed bits: those are few bytes, and the image usually grows.
+            bits = np.packbits(np.take(masks, columns, axis=2), axis=-1)
+            packed[: len(kept), :height, : bits.shape[-1]] = bits[:, rows[top : top + height]]
         row["masks"] = packed
     return row
 
