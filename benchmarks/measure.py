@@ -4,7 +4,6 @@ import datetime
 import importlib
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -23,7 +22,6 @@ from simam_jax.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tensorflow-cpu", "pillow")
-_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "pred": 1}  # of HLO's types
 
 _WHILE = 0.1  # seconds
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # see the README; glibc reads it when a process starts
@@ -145,12 +143,6 @@ def _seconds_a_run(run: Run, at_least: float) -> float:
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """The median of over / under, round by round: what slows the machine for a while slows both."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
-
-
-def hlo_bytes(types: str) -> int:
-    """The bytes of all arrays named in a piece of an HLO program, such as "(f32[64,3], bf16[8])"."""
-    shapes = re.findall(rf"({'|'.join(_BYTES)})\[([\d,]*)\]", types)
-    return sum(_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in shapes)
 
 
 def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:

@@ -4,7 +4,7 @@ python -m benchmarks.memory [--model resnet50]
 python -m benchmarks.memory --model faster_rcnn_resnet50_fpn
 
 Of a classifier, what the compiled step needs beside its state. Of a detector, the most that a process holds while it makes its
-third update of one image of 800 x 1344 pixels: code, parameters and optimizer included, compiling left out. Linux only.
+third update of one image of 800 x 1344 pixels: code, parameters, optimizer, and what compiling left behind. Linux only.
 """
 
 import argparse
@@ -14,18 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from benchmarks import detectors, measure, networks
 from simam_jax.errors import run_cli
-from simam_jax.models import MODELS
+from simam_jax.models import list_models
+
+PEERS = dict(detectors.NAMES.values())  # torchvision's names by ours
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--model", default="resnet50", choices=[*list_models("classification"), *PEERS])
     parser.add_argument("--batch-size", type=int, default=16, help="of a classifier")
     parser.add_argument("--image-size", type=int, default=224, help="of a classifier")
     args = parser.parse_args()
-    if MODELS[args.model].task == "detection":
+    if args.model in PEERS:
         _detector(args.model)
     else:
         _classifier(args)
@@ -46,7 +50,7 @@ def _detector(name: str) -> None:
     version = measure.torchvision().__version__
     contestants = {
         "ours": partial(detectors.our_training, name, 1),
-        "torchvision": partial(detectors.theirs, dict(detectors.NAMES.values())[name], "training", 1),
+        "torchvision": partial(detectors.theirs, PEERS[name], "training", 1),
     }
     peaks = {}
     for contestant, make in contestants.items():
@@ -65,9 +69,9 @@ def _peak(make: Callable[[], Callable[[], Any]]) -> float:
     """The megabytes that this process holds at most while it runs what `make` gives for the third time."""
     run = make()
     for _ in range(2):
-        float(run() or 0)  # a loss of ours is waited for
+        jax.block_until_ready(run())
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    float(run() or 0)
+    jax.block_until_ready(run())
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 

@@ -57,7 +57,8 @@ def main() -> None:
     }
     # The results in the README are the classifier's.
     name = "predictor_detector" if detects else "predictor"
-    measure.write(name, [row], count=args.count, batch_size=size, rounds=args.rounds)
+    pixels = {"size": args.size} if detects else {}
+    measure.write(name, [row], count=args.count, batch_size=size, rounds=args.rounds, **pixels)
 
 
 def _prepare_classifier(args: argparse.Namespace, size: int, files: list[Path]) -> Prepared:

@@ -20,7 +20,7 @@ TITLES = {
     "predictor": ("`Predictor` from files over the bare network", "python -m benchmarks.predictor"),
     "predictor_detector": (
         "A detector's `Predictor`",
-        "python -m benchmarks.predictor --model mask_rcnn_resnet18_fpn --count 64",
+        "python -m benchmarks.predictor --model mask_rcnn_resnet18_fpn --count 64 --size 256",
     ),
     "lowerings_operations": ("Our forms of operations over XLA's", "python -m benchmarks.lowerings operations"),
     "lowerings_networks": ("A training step with a form replaced", "python -m benchmarks.lowerings networks"),

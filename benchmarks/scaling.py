@@ -13,7 +13,7 @@ import re
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}  # read when JAX is imported
 
-from benchmarks import measure, networks
+from benchmarks import hlo, measure, networks
 from simam_jax.errors import run_cli
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -42,7 +42,7 @@ def collectives(program: str) -> dict[str, list[int]]:
     """The bytes of each collective's result, by its kind, in an optimised program's text."""
     found: dict[str, list[int]] = {}
     for kind, name in re.findall(rf" = (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
-        found.setdefault(name, []).append(measure.hlo_bytes(kind))
+        found.setdefault(name, []).append(hlo.bytes_of(kind))
     return found
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from benchmarks import measure, networks
+from benchmarks import hlo, measure, networks
 from simam_jax.errors import UserError, run_cli
 from simam_jax.models import variable_shapes
 from simam_jax.ops.dispatch import lowering_for
@@ -88,7 +88,7 @@ def traffic(program: str) -> tuple[float, float]:
         if match["op"] not in _KERNELS:
             continue
         operands = re.findall(r"%([\w.\-]+)", match["operands"])
-        whole += measure.hlo_bytes(match["type"]) + sum(measure.hlo_bytes(types.get(name, "")) for name in operands)
+        whole += hlo.bytes_of(match["type"]) + sum(hlo.bytes_of(types.get(name, "")) for name in operands)
         called = re.search(r"calls=%([\w.\-]+)", match["rest"])
         if match["op"] == "fusion" and called:
             saved += _unread(functions[called[1]])
@@ -102,7 +102,7 @@ def _unread(function: str) -> int:
     for parameter in (line for line in lines if line["op"] == "parameter"):
         users = [line for line in lines if f"%{parameter['name']}" in re.findall(r"%[\w.\-]+", line["operands"])]
         if users and all(user["op"] == "slice" for user in users):
-            unread += measure.hlo_bytes(parameter["type"]) - sum(measure.hlo_bytes(user["type"]) for user in users)
+            unread += hlo.bytes_of(parameter["type"]) - sum(hlo.bytes_of(user["type"]) for user in users)
     return unread
 
 
