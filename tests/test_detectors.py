@@ -1,5 +1,7 @@
 """Detectors as networks: their tree, inputs, extents, devices, precisions, lowerings. Small ones, with random weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from simam_jax import errors
 from simam_jax.models import ATTENTIONS, create_model, init_variables, list_models, variable_shapes
 from simam_jax.models.detector import trainable
-from simam_jax.models.detector_losses import Targets, losses, total
+from simam_jax.models.detector_losses import LOSSES, Targets, losses, total
 from simam_jax.ops.dispatch import lowering_for
 
 NUM_CLASSES = 5
@@ -53,6 +55,18 @@ def test_every_detector_has_its_parameters():
     assert counts["faster_rcnn_resnet101_fpn"] == 60_745_184
     assert counts["mask_rcnn_resnet50_fpn"] == 44_396_336
     assert counts["mask_rcnn_resnet101_fpn"] == 63_388_464
+
+
+def test_double_precision_ends_at_the_pyramid():
+    with jax.enable_x64(True):
+        model = detector(dtype="float64")
+        shapes, x = variable_shapes(model), jnp.zeros((1, *SIZE, 3))
+        assert {level.dtype for level in jax.eval_shape(partial(model.apply, method="pyramid"), shapes, x)} == {x.dtype}
+        found = jax.eval_shape(model.apply, shapes, x)
+        key = jax.random.split(jax.random.key(0), 1)
+        of_training = jax.eval_shape(lambda v: losses(model, v, x, targets(1), key), shapes)
+    assert {array.dtype.name for array in found} == {"float32", "int32"}
+    assert {of_images.dtype.name for of_images, _ in map(of_training.get, LOSSES)} == {"float32"}
 
 
 def test_what_is_trained():

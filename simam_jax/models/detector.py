@@ -90,7 +90,7 @@ class Detector(Network, kw_only=True):
         sizes = sizes_of(images, extent, image_size)
         found = self.proposals(levels, self.rpn(levels, extent), sizes, before_nms=BEFORE_NMS)
         logits, deltas = self.boxes(levels, sizes, found.boxes, _first(found.boxes, found.count))
-        scale = jnp.ones((images.shape[0], 4)) if scale is None else jnp.asarray(scale, jnp.float32)
+        scale = jnp.ones((images.shape[0], 4), jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
         detections = jax.vmap(detect)(logits, deltas, found.boxes, found.count, sizes.image, scale)
         if not self.masks:
             return detections

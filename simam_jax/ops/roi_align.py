@@ -60,6 +60,7 @@ def roi_align(
     Returns:
         (N, R, size, size, C) of the maps' dtype; sums are float32.
     """
+    rois = jnp.asarray(rois, jnp.float32)
     of = _Rois(*(lax.stop_gradient(jnp.asarray(x)) for x in (extents, rois, levels, valid)))
     return _roi_align(tuple(jnp.asarray(x) for x in maps), of, size, stride, form)
 
@@ -114,7 +115,7 @@ def _value(
     for level, x in enumerate(maps):
 
         def add(out: jax.Array, image: jax.Array, start: jax.Array, window: "_Window", x: jax.Array = x) -> jax.Array:
-            features = lax.dynamic_slice(x, (image, *window.corner, 0), (1, *window.shape, channels))[0]
+            features = lax.dynamic_slice(x, _corner(image, window), (1, *window.shape, channels))[0]
             columns = _bins_of_columns(window.x, features.astype(jnp.float32))
             values = jnp.einsum("kph,khqc->kpqc", window.y, columns, precision="highest")
             before = lax.dynamic_slice_in_dim(out, start, form.chunk)
@@ -144,7 +145,7 @@ def _gradient(
             transposed = jnp.broadcast_to(window.x.mT[:, None], (form.chunk, size, window.shape[1], size))
             rows = jnp.matmul(transposed, own, precision="highest")
             values = jnp.einsum("kph,kpwc->hwc", window.y, rows, precision="highest")
-            at = (image, *window.corner, 0)
+            at = _corner(image, window)
             before = lax.dynamic_slice(dx, at, (1, *window.shape, channels))
             return lax.dynamic_update_slice(dx, before + values, at)
 
@@ -167,6 +168,12 @@ class _Window(NamedTuple):
     shape: tuple[int, int]
     y: jax.Array  # (chunk, bins, rows)
     x: jax.Array  # (chunk, bins, columns)
+
+
+def _corner(image: jax.Array, window: _Window) -> tuple[jax.Array, ...]:
+    """Where the window begins in a map (N, H, W, C); equal dtypes, also where integers are 64 bits wide."""
+    row, column = window.corner
+    return image, row, column, jnp.int32(0)
 
 
 class _Groups:
@@ -227,4 +234,4 @@ class _Groups:
 
             return lax.fori_loop(0, -(-(end - first) // chunk), of_chunk, state)
 
-        return lax.fori_loop(0, self.images, of_image, state)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(self.images), of_image, state)

@@ -98,7 +98,7 @@ def detect(
     num_rois, num_classes = rois.shape[0], logits.shape[-1] - 1
     scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, :num_classes]
     real = (jnp.arange(num_rois) < count)[:, None] & (scores > jnp.float32(score_threshold))
-    labels = jnp.broadcast_to(jnp.arange(num_classes), scores.shape)
+    labels = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32), scores.shape)
 
     deltas = deltas.astype(jnp.float32).reshape(num_rois, num_classes, 4)
     boxes = clip(decode(rois[:, None], deltas, BOX_STDS), image_size) / scale
