@@ -7,11 +7,12 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simam_jax import errors
+from simam_jax.compilation_cache import use_compilation_cache
 from simam_jax.paths import local
 from simam_jax.progress import duration
 
@@ -194,6 +195,12 @@ def with_progress(results: Iterator, total: int) -> Iterator:
         print("\r\x1b[K", end="", file=sys.stderr)
     passed = max(time.monotonic() - start, 1e-9)
     print(f"{done} images in {duration(passed)}, {done / passed:.1f} images/s", file=sys.stderr)
+
+
+def run_compiling(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main` as `errors.run_cli` does, and keeps what it compiles for the next start."""
+    use_compilation_cache()
+    errors.run_cli(main)
 
 
 def skip(error: errors.UserError) -> None:

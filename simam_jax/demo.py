@@ -16,7 +16,7 @@ import numpy as np
 
 from simam_jax import errors, preprocessing
 from simam_jax.classification import explain, figures, predictions
-from simam_jax.command_line import add_checkpoint_arguments, load_predictor
+from simam_jax.command_line import add_checkpoint_arguments, load_predictor, run_compiling
 from simam_jax.detection.drawing import OPACITY, class_colour
 from simam_jax.inference import ClassifierPredictor, Predictor
 
@@ -116,4 +116,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_compiling(main)

@@ -20,6 +20,7 @@ from simam_jax.command_line import (
     exit_code,
     find_images,
     load_predictor,
+    run_compiling,
     skip,
     with_progress,
 )
@@ -244,4 +245,4 @@ def _write(picture: "Image.Image", place: Path) -> None:
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_compiling(main)

@@ -17,6 +17,7 @@ from simam_jax.command_line import (
     load_classifier,
     load_detector,
     load_predictor,
+    run_compiling,
     skip,
     with_progress,
 )
@@ -246,4 +247,4 @@ def _finish(figure: "Figure", output: str, paths: list[Path], read: list[Path]) 
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_compiling(main)

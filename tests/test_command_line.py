@@ -124,6 +124,23 @@ def test_a_command_whose_reader_is_gone_ends_without_a_word(lines):
     assert (result.stdout, result.stderr) == ("141\n", "")
 
 
+def test_a_command_keeps_what_it_compiles_for_the_next_start(tmp_path):
+    code = """if True:
+        import jax
+        from simam_jax.command_line import run_compiling
+
+        def main():
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # of a second for the command
+            jax.jit(lambda x: x * x + 1)(jax.numpy.arange(3.0)).block_until_ready()
+
+        run_compiling(main)
+    """
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert list((tmp_path / "simam_jax" / "compiled").glob("*-cache"))
+
+
 @pytest.mark.slow
 def test_a_command_that_imports_tensorflow_prints_nothing_of_its_start():
     code = "import importlib; from simam_jax.errors import run_cli; run_cli(lambda: importlib.import_module('tensorflow') and 0)"

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "simam_jax"
 LAYERS = (
     ("errors", "initializers"),
     ("progress", "task", "paths"),
-    ("curves",),
+    ("curves", "compilation_cache"),
     ("ops",),
     ("layers", "preprocessing", "stored_arrays", "fingerprints", "video"),
     ("attention", "rcnn"),

@@ -1,10 +1,8 @@
 """From a config to the parts of a run: devices, task, schedule, optimizer. For training, evaluation and check."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simam_jax import errors
-from simam_jax.paths import local
+from simam_jax.compilation_cache import use_compilation_cache
 from simam_jax.task import Task
 from simam_jax.training.optimizer import Schedule, learning_rate, scaled, sgd, steps_in, warmup_steps
 from simam_jax.training.state import TrainState, create_state
@@ -112,16 +110,6 @@ def _odd(run: Run) -> Iterator[str]:
             f"batch norm takes statistics over {micro_batch} images at most (a larger --config.batch_size, or fewer "
             f"--config.optimizer.grad_accum_steps)"
         )
-
-
-def use_compilation_cache(directory: str) -> None:
-    """Keeps compiled programs in `directory`; "auto": the user's own cache, because who can write there can run code."""
-    if directory == "auto":
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = str(Path(base) / "simam_jax" / "compiled")
-    if directory:
-        jax.config.update("jax_compilation_cache_dir", str(local(directory)))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def initial_state(run: Run) -> TrainState:
