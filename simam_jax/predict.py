@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from simam_jax.command_line import (
     skip,
     with_progress,
 )
+from simam_jax.detection.detections import HEADER
 from simam_jax.detection.drawing import SHOWN
 from simam_jax.paths import local
 from simam_jax.preprocessing import read_rgb
@@ -158,6 +160,9 @@ def _show_objects(
         with errors.naming_extras():  # before the first image
             import pycocotools  # noqa: F401
     skipped, rows = 0, 0
+    drawn: set[Path] = set()
+    if not args.json:
+        print(f"  {HEADER}")
     with _pictures(places, args.every) as write:
         for seen in _look(args, predictor, paths):
             if isinstance(seen.result, errors.UserError):
@@ -169,6 +174,7 @@ def _show_objects(
                 pixels = np.asarray(read_rgb(seen.image))
                 longest = None if seen.frame is None else max(*pixels.shape[:2], SHOWN)  # all frames of one size
                 write(seen, shown.draw(pixels, threshold=0, longest=longest))
+                drawn.add(seen.path)
             if not args.json:
                 print(seen.name, *(f"  {line}" for line in shown.lines() or ["nothing found"]), sep=os.linesep)
                 continue
@@ -178,6 +184,8 @@ def _show_objects(
                 rows += 1
     if args.json:
         print("]" if rows else "[]")
+    if drawn:
+        print(f"drawn in {args.output}: {len(drawn)}", file=sys.stderr)
     return skipped
 
 

@@ -320,7 +320,9 @@ def test_predict_says_that_nothing_is_found(look, folder, predictor, monkeypatch
     assert look(path, "--json") == 0
     assert json.loads(capsys.readouterr().out) == []
     assert look(path, "--output", folder / "out") == 0
-    assert capsys.readouterr().out == f"{path}\n  nothing found\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"    score    class  x1 y1 x2 y2\n{path}\n  nothing found\n"
+    assert f"drawn in {folder / 'out'}: 1\n" in printed.err
     with Image.open(folder / "out" / "000000000007.gif.png") as picture:
         assert picture.size == (480, 480)
 

@@ -105,7 +105,7 @@ def test_weights_without_simam_in_their_names_are_weights_with_it(small, tmp_pat
     write_state(to_torch(variables, model.architecture, attention="none"), tmp_path / "plain.npz")
     with caplog.at_level("WARNING"):
         _, got = simam_jax.load_torch(tmp_path / "plain.npz", model.architecture)
-    assert "weights with attention none, taken for simam" in caplog.text
+    assert "trained with attention=none, loaded with attention=simam" in caplog.text
     assert_equal(got, variables)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -69,17 +70,19 @@ def place(tmp_path_factory):
     for name, photograph in zip(("cat.jpg", "dog.jpg"), load_sample_images().images, strict=True):
         for target in (folder / name, folder / "photos" / name):
             Image.fromarray(photograph).save(target)
-    _write_detector(folder)
+    shutil.copy(folder / "cat.jpg", folder / "digit.jpg")
+    _write_detectors(folder)
     return folder
 
 
-def _write_detector(folder):
-    """runs/scenes, own.json with an object in one of the photographs, and a short video."""
-    detector = simam_jax.create_model("mask_rcnn_tiny_fpn", num_classes=10)
-    variables = simam_jax.init_variables(detector, jax.random.key(0))
-    how = {"min_size": 128, "max_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    spec = {"task": "detection", "model": detector.spec(), "preprocessing": how}
-    checkpoints.write_weights(folder / "runs" / "scenes", spec, variables)
+def _write_detectors(folder):
+    """runs/scenes, runs/coco, own.json with an object in one of the photographs, and a short video."""
+    for workdir, num_classes in (("scenes", 10), ("coco", 80)):
+        detector = simam_jax.create_model("mask_rcnn_tiny_fpn", num_classes=num_classes)
+        variables = simam_jax.init_variables(detector, jax.random.key(0))
+        how = {"min_size": 128, "max_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        spec = {"task": "detection", "model": detector.spec(), "preprocessing": how}
+        checkpoints.write_weights(folder / "runs" / workdir, spec, variables)
     images = [
         {"id": i, "file_name": name, "height": 427, "width": 640} for i, name in enumerate(("cat.jpg", "dog.jpg"))
     ]

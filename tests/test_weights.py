@@ -140,7 +140,7 @@ def test_plain_weights_are_simam_s_and_the_other_way_round(name, caplog):
     for there, here in (("none", "simam"), ("simam", "none")):
         with caplog.at_level(logging.WARNING):
             model, found = from_torch(to_torch(tree, name, attention=there), name, attention=here)
-        assert f"weights with attention {there}, taken for {here}" in caplog.text
+        assert f"trained with attention={there}, loaded with attention={here}" in caplog.text
         assert (model.attention, model.num_classes) == (here, 7)
         assert_equal(found, tree)
         caplog.clear()

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+HEADER = "  score    class  x1 y1 x2 y2"  # of `Detections.lines`
+
+
 @dataclasses.dataclass(frozen=True)
 class Detections:
     """The n objects found in an image, the most certain first.
@@ -113,7 +116,7 @@ class Detections:
         return {name: resized(mask, picture) for name, mask in covered.items()}
 
     def lines(self) -> list[str]:
-        """The objects as text: ` 97.03 %  name  x1 y1 x2 y2`."""
+        """The objects as text, in the columns of `HEADER`."""
         return [
             f"{100 * score:6.2f} %  {name}  {' '.join(f'{x:.0f}' for x in box)}"
             for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
@@ -131,7 +134,7 @@ class Detections:
         drawn = [
             Drawn(
                 self.boxes[i].tolist(),
-                f"{names[i]} {100 * self.scores[i]:.0f} %",
+                f"{names[i]}: {100 * self.scores[i]:.0f} %",
                 class_colour(self.labels[i]),
                 None if masks is None else functools.partial(masks.__getitem__, i),
             )

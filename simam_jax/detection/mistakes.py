@@ -101,7 +101,7 @@ def drawn_results(
     """
 
     def text(row: Row) -> str:
-        return f"{names[row['category_id']]} {100 * row['score']:.0f} %"
+        return f"{names[row['category_id']]}: {100 * row['score']:.0f} %"
 
     wrong = [_drawn(results[i], text(results[i]), WRONG) for i in mistakes.wrong]  # their masks would hide the image
     missed = [

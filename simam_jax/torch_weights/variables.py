@@ -52,7 +52,11 @@ def from_torch(
     one_class = create_model(name, num_classes=1, attention=attention, attention_param=attention_param)
     written_with = _attention_of(state, name, attention)
     if written_with != attention:
-        logger.warning("%s: weights with attention %s, taken for %s (SimAM has none).", source, written_with, attention)
+        logger.warning(
+            "%s: trained with attention=%s, loaded with attention=%s. All weights fit, because SimAM has none; "
+            "accuracy falls until the network is fine-tuned.",
+            source, written_with, attention,
+        )  # fmt: skip
     if num_classes is None:
         bias = ("params", *one_class.class_layers[0], "bias")
         (key,) = torch_names([bias], name, written_with).values()
