@@ -19,7 +19,7 @@ NUM_CLASSES = 5
 SIZE = 64, 96
 
 
-def detector(name: str = "mask_rcnn_resnet18_fpn", **settings):
+def detector(name: str = "mask_rcnn_tiny_fpn", **settings):
     return create_model(name, **{"num_classes": NUM_CLASSES, "attention": "simam", **settings})
 
 
@@ -130,7 +130,7 @@ def test_an_image_depends_neither_on_its_bucket_nor_on_its_neighbours(mask_rcnn)
     "attention", [pytest.param(kind, marks=[] if kind == "simam" else pytest.mark.slow) for kind in ATTENTIONS]
 )
 def test_maps_within_the_extent_are_those_of_the_image_alone(attention):
-    model = detector("faster_rcnn_resnet18_fpn", attention=attention)
+    model = detector("faster_rcnn_tiny_fpn", attention=attention)
     variables = init_variables(model, jax.random.key(0))
     batch = np.full((1, 128, 128, 3), 7, np.float32)
     batch[:, :64, :96] = images(1)
