@@ -38,14 +38,11 @@ def weights(of: Bins, count: int, pixels: jax.Array, size: jax.Array | int) -> j
     step = jnp.maximum(bin_size / places, 1e-6)
     nearest = jnp.floor((pixels - 1 - first) / step - 0.501)
     nearest = jnp.where(samples <= _NEAR, 0, jnp.clip(nearest, 0, places.astype(jnp.float32))).astype(jnp.int32)
-    total = jnp.zeros(nearest.shape, jnp.float32)
-    for i in range(_NEAR):
-        sample = nearest + i
-        at = first + exact_quotient(exact_product(sample + jnp.float32(0.5), bin_size), places)
-        inside = (at >= -1) & (at <= size) & (sample < samples)
-        distance = jnp.abs(jnp.clip(at, 0, size - 1) - pixels)
-        total += jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
-    return total / places
+    sample = nearest + jnp.arange(_NEAR, dtype=jnp.int32).reshape(-1, *[1] * nearest.ndim)
+    at = first + exact_quotient(exact_product(sample + jnp.float32(0.5), bin_size), places)
+    inside = (at >= -1) & (at <= size) & (sample < samples)
+    distance = jnp.abs(jnp.clip(at, 0, size - 1) - pixels)
+    return jnp.where(inside, jnp.maximum(1 - distance, 0), 0).sum(0) / places
 
 
 class Tiles:

@@ -48,6 +48,18 @@ def choose(x: jax.Array, default: Callable, **forms: Callable) -> Callable:
     return forms.get(_target or jax.default_backend(), default)
 
 
+def by_platform(x: jax.Array, *, cpu: Callable, accelerator: Callable) -> Callable:
+    """The form for x of an operation that no platform can run well in the other's form.
+
+    Where `choose` takes the default, both forms are traced, and the program has the one of the platform it is lowered for.
+    """
+
+    def either(*inputs: Any) -> Any:
+        return lax.platform_dependent(*inputs, cpu=cpu, default=accelerator)
+
+    return choose(x, either, cpu=cpu, gpu=accelerator, tpu=accelerator)
+
+
 def is_symbolic(x: jax.Array) -> bool:
     """Whether x has a size that is one of jax.export's symbols."""
     return any(map(is_symbolic_dim, x.shape))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from simam_jax.ops.bins import Tiles, bins
-from simam_jax.ops.dispatch import varying_as
+from simam_jax.ops.dispatch import by_platform, varying_as
 
 
 class Form(NamedTuple):
@@ -97,9 +97,9 @@ _roi_align.defvjp(_roi_align_forward, _roi_align_backward)
 def _in_form(f: Callable[..., Any], form: Form | None, size: int, stride: int, *inputs: Any) -> Any:
     if form is not None:
         return f(form, size, stride, *inputs)
-    return lax.platform_dependent(
-        *inputs, cpu=partial(f, CPU, size, stride), default=partial(f, ACCELERATOR, size, stride)
-    )
+    return by_platform(
+        inputs[0][0], cpu=partial(f, CPU, size, stride), accelerator=partial(f, ACCELERATOR, size, stride)
+    )(*inputs)
 
 
 def _value(

@@ -11,7 +11,7 @@ from jax import lax
 
 from simam_jax.ops.bins import Tiles, bins, weights
 from simam_jax.ops.boxes import exact_product
-from simam_jax.ops.dispatch import varying_as
+from simam_jax.ops.dispatch import by_platform, varying_as
 
 SIZE = 28  # of a mask as the head sees it
 THRESHOLD = 0.5  # probability from which a pixel is the object's
@@ -57,7 +57,7 @@ def mask_targets(
         return jnp.zeros((boxes.shape[0], SIZE, SIZE), bool)
     inputs = packed, extent, boxes, indices.astype(jnp.int32), jnp.asarray(count, jnp.int32)
     if tiled is None:
-        return lax.platform_dependent(*inputs, cpu=_targets_by_tiles, default=_targets_by_bitmaps)
+        return by_platform(packed, cpu=_targets_by_tiles, accelerator=_targets_by_bitmaps)(*inputs)
     return (_targets_by_tiles if tiled else _targets_by_bitmaps)(*inputs)
 
 
