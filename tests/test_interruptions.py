@@ -122,6 +122,7 @@ def test_a_full_disk_stops_the_run_at_once_and_says_so(tmp_path, cache, undistur
     assert max(losses(tmp_path)) < 15
 
 
+@pytest.mark.slow  # the README's first run
 def test_the_digits_run_leaves_what_its_users_look_for(tmp_path, cache, undisturbed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

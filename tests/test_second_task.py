@@ -28,6 +28,7 @@ def variables(workdir):
     return jax.device_get(items)
 
 
+@pytest.mark.slow  # four processes
 def test_a_task_that_the_package_does_not_know_is_trained_killed_resumed_and_evaluated(tmp_path, cache):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run = start(undisturbed, cache)

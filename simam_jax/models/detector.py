@@ -54,6 +54,10 @@ class Detector(Network, kw_only=True):
         masks = (("mask_head", "conv_logits"),) if self.masks else ()
         return ("bbox_head", "fc_cls"), ("bbox_head", "fc_reg"), *masks
 
+    @property
+    def num_scores(self) -> int:
+        return self.num_classes + 1
+
     def setup(self):
         self.neck = FPN(self.width)
         self.rpn_head = RPNHead(self.width)

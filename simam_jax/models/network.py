@@ -32,6 +32,11 @@ class Network(nn.Module, kw_only=True):
         """Where the layers whose shapes depend on the number of classes stand among the parameters; the scores' first."""
         raise NotImplementedError
 
+    @property
+    def num_scores(self) -> int:
+        """How many scores the first of the class layers gives: the classes, and of a detector the background."""
+        return self.num_classes
+
     @nn.nowrap
     def spec(self) -> dict[str, Any]:
         """The arguments of `create_model` that make this network again, as JSON."""

@@ -60,8 +60,7 @@ def from_torch(
     if num_classes is None:
         bias = ("params", *one_class.class_layers[0], "bias")
         (key,) = torch_names([bias], name, written_with).values()
-        shapes: dict[VariablePath, Any] = flatten_dict(variable_shapes(one_class))
-        background = shapes[bias].size - 1
+        background = one_class.num_scores - 1
         num_classes = max(state[key].size - background, 1) if key in state else 1
     settings = {"attention": attention, "attention_param": attention_param, "min_bbox_size": min_bbox_size}
     model = create_model(name, num_classes=num_classes, dtype=dtype, **settings)
