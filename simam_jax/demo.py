@@ -40,12 +40,12 @@ def page(predictor: Predictor) -> Any:
     """The page of a network: a `gradio.Blocks`, to be launched with `LAUNCH`."""
     import gradio as gr
 
-    def read(path):
+    def read(path, how=preprocessing.read_rgb):
         path = Path(path or "nothing")
         try:
             if Path(image.GRADIO_CACHE).resolve() not in path.resolve().parents:
                 raise errors.UserError(f"{path} was not uploaded.")
-            return preprocessing.read_rgb(path)
+            return how(path)
         except errors.UserError as error:
             raise gr.Error(str(error).replace(str(path), path.name), print_exception=False) from error
 
@@ -55,7 +55,7 @@ def page(predictor: Predictor) -> Any:
 
     @functools.lru_cache(maxsize=1)  # Gradio's path has the file's hash: another score is not another image
     def find(path):
-        photograph = read(path)
+        photograph = read(path, preprocessing.read_upright)
         photograph.thumbnail((MAX_SIDE, MAX_SIDE))
         return np.asarray(photograph), predictor(photograph)[0]
 

@@ -28,7 +28,7 @@ from simam_jax.command_line import (
 from simam_jax.detection.detections import HEADER
 from simam_jax.detection.drawing import SHOWN
 from simam_jax.paths import local
-from simam_jax.preprocessing import read_rgb
+from simam_jax.preprocessing import read_upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -171,7 +171,7 @@ def _show_objects(
                 continue
             shown = seen.result.chosen(SCORE if args.score is None else args.score, classes)
             if args.output:
-                pixels = np.asarray(read_rgb(seen.image))
+                pixels = np.asarray(read_upright(seen.image))
                 longest = None if seen.frame is None else max(*pixels.shape[:2], SHOWN)  # all frames of one size
                 write(seen, shown.draw(pixels, threshold=0, longest=longest))
                 drawn.add(seen.path)

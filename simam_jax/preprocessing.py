@@ -1,8 +1,8 @@
 """One image of any kind to the pixels that evaluation sees, with PIL alone: what a trained network is fed with.
 
 PIL is imported when the first image is read. Pixels are taken as they are stored: EXIF rotation is ignored and transparency
-is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest. Detectors learn from and are
-scored on images as their annotations see them: `read_upright`.
+is dropped, here as in training, as in torchvision's pipelines, on which published accuracies rest. Detectors see images turned as
+the EXIF tag says, as the reference implementation does, and learn from and are scored on what annotations are for: `read_upright`.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ ImageLike = Any  # a path, a file, its bytes, a PIL image, an array, a torch ten
 
 # Larger ones are refused before they are decoded: a few bytes of a file can claim any size.
 MAX_PIXELS = 178_956_970  # PIL's own limit, 0.5 GiB of RGB
+
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange height and width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ class DetectionPreprocessing:
             )
 
     def __call__(self, image: ImageLike) -> Resized:
-        """The image with the pixels that the reference implementation resizes it to.
+        """The image, turned as its EXIF tag says, with the pixels that the reference implementation resizes it to.
 
         Args:
             image: as for `Preprocessing`.
@@ -129,7 +131,7 @@ class DetectionPreprocessing:
         Raises:
             UserError: no readable image; the message names it.
         """
-        rgb = np.asarray(read_rgb(image))
+        rgb = np.asarray(read_upright(image))
         return Resized(resize_bilinear(rgb, self.resized(*rgb.shape[:2])), rgb.shape[:2])
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -203,18 +205,25 @@ def read_rgb(image: ImageLike) -> "Image.Image":
         return to_rgb(opened, name)
 
 
-def read_upright(image: ImageLike, size: tuple[int, int]) -> "Image.Image":
+def read_upright(image: ImageLike, size: tuple[int, int] | None = None) -> "Image.Image":
     """The image in PIL's mode RGB, turned as its EXIF tag says: what OpenCV, and with it the reference implementation, reads.
 
     Args:
         image: as for `read_rgb`.
-        size: height and width that its annotations are for. If only the pixels as they are stored have it, they stay.
+        size: height and width that its annotations are for, if there are any. If only the pixels as they are stored have it,
+            they stay.
     """
     stored = read_rgb(image)
     from PIL import ImageOps
 
     turned = ImageOps.exif_transpose(stored)
-    return stored if turned.size != size[::-1] and stored.size == size[::-1] else turned
+    return stored if size and turned.size != size[::-1] and stored.size == size[::-1] else turned
+
+
+def stored_and_upright(image: "Image.Image") -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of an image as it is stored, and as its EXIF tag turns it."""
+    stored = image.height, image.width
+    return stored, stored[::-1] if image.getexif().get(ORIENTATION) in SIDEWAYS else stored
 
 
 def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":

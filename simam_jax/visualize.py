@@ -153,17 +153,18 @@ def _draw_detections(args: argparse.Namespace) -> int:
     output = figures.check_ending(args.output)
     truth, paths = comparison.read_truth(args.annotations, args.images, args.first)
     found, unread = {}, set()
-    for name, path in _by_name(args.checkpoint).items():
-        predictor = load_detector(argparse.Namespace(**vars(args) | {"checkpoint": path}))
-        ids = comparison.category_ids(truth, predictor.class_names, path)
+    for name, checkpoint in _by_name(args.checkpoint).items():
+        predictor = load_detector(argparse.Namespace(**vars(args) | {"checkpoint": checkpoint}))
+        ids = comparison.category_ids(truth, predictor.class_names, checkpoint)
         found[name] = []
-        for (place, result), image in zip(
-            with_progress(predictor.stream(paths), len(paths)), truth.image_ids.tolist(), strict=True
+        results = (result for _, result in predictor.stream(comparison.images(truth, paths)))
+        for result, path, image in zip(
+            with_progress(results, len(paths)), paths, truth.image_ids.tolist(), strict=True
         ):
             if isinstance(result, errors.UserError):
-                if place not in unread:
+                if path not in unread:
                     skip(result)
-                unread.add(place)
+                unread.add(path)
             else:
                 found[name] += result.results(image, ids)
     read = np.array([path not in unread for path in paths])

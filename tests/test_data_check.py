@@ -10,7 +10,7 @@ from PIL import Image
 from simam_jax import UserError
 from simam_jax.data import check
 from simam_jax.data.coco_index import read_index
-from simam_jax.preprocessing import DetectionPreprocessing
+from simam_jax.preprocessing import ORIENTATION, DetectionPreprocessing
 from simam_jax.rcnn.anchors import all_anchors
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -186,7 +186,7 @@ def test_exif_tags_are_counted_and_said(run, tmp_path):
     (tmp_path / "images").mkdir()
     for number, size in ((1, (40, 50)), (2, (50, 40))):
         exif = Image.Exif()
-        exif[check.ORIENTATION] = 6
+        exif[ORIENTATION] = 6
         Image.new("RGB", size).save(tmp_path / "images" / f"{number}.jpg", exif=exif)
     code, said = run(found)
     assert code == 0

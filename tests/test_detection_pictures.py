@@ -18,6 +18,7 @@ from simam_jax.detection.drawing import Drawn, class_colour, draw_objects, place
 from simam_jax.detection.mistakes import compare
 from simam_jax.models import init_variables
 from simam_jax.ops.images import normalize
+from simam_jax.preprocessing import ORIENTATION
 
 PHOTOGRAPHS = dict(zip(("temple", "flower"), load_sample_images().images, strict=True))
 
@@ -167,6 +168,24 @@ def annotated(predictor, tmp_path):
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
     return tmp_path
+
+
+def test_a_detector_is_shown_what_the_annotations_are_for(tmp_path):
+    """Both files are wide and tagged to be turned; the second's annotations do not know of the tag."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    images = []
+    for i, (height, width) in enumerate([(60, 40), (40, 60)]):
+        Image.fromarray(PHOTOGRAPHS["temple"][:40, :60]).save(tmp_path / f"{i}.jpg", exif=exif)
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": height, "width": width})
+    box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [9, 9, 20, 20], "area": 400, "iscrowd": 0}
+    truth = {"images": images, "annotations": [box], "categories": [{"id": 3, "name": "dog"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+
+    truth, paths = comparison.read_truth(tmp_path / "truth.json", tmp_path)
+    shown = [DetectionPreprocessing(64, 96)(image).size for image in comparison.images(truth, paths)]
+
+    assert [tuple(size) for size in shown] == [(60, 40), (40, 60)]
 
 
 def texts_in(path):

@@ -131,6 +131,7 @@ def test_an_exif_tag_turns_the_image_as_opencv_does(tag):
     wanted = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     got = pixels_of(example(image=buffer.getvalue(), size=wanted.shape[:2]))
     assert np.abs(got.astype(int) - wanted).max() <= 1
+    np.testing.assert_array_equal(HOW(buffer.getvalue()).pixels, HOW(got).pixels)  # as prediction shows it
     if tag > 4:  # annotated as it is stored
         stored = pixels_of(example(image=buffer.getvalue(), size=(30, 40)))
         np.testing.assert_array_equal(stored, np.asarray(Image.open(io.BytesIO(buffer.getvalue()))))

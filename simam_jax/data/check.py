@@ -15,12 +15,11 @@ from simam_jax.data import coco
 from simam_jax.data.coco_index import Index, read_index
 from simam_jax.data.self_score import score
 from simam_jax.paths import local
-from simam_jax.preprocessing import DetectionPreprocessing, read_upright
+from simam_jax.preprocessing import ORIENTATION, DetectionPreprocessing, read_upright, stored_and_upright
 from simam_jax.rcnn.anchors import STRIDES, base_anchors
 
 SHOWN = 5  # of each kind of fault, by number
 PICTURED = 12  # images in a picture
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange height and width
 _SLACK = 1.0  # pixels by which a box may leave its image, or a mask its box
 
 
@@ -156,11 +155,11 @@ def _check_files(report: Report, index: Index, folder: Path) -> None:
             with Image.open(folder / file) as image:
                 if image.mode == "F":
                     raise errors.UserError("floating-point values: save it with 8 or 16 bits a value")
-                found, tag = [image.height, image.width], image.getexif().get(ORIENTATION, 1)
+                found, turned = map(list, stored_and_upright(image))
+                tag = image.getexif().get(ORIENTATION, 1)
         except Exception as error:  # damaged files make PIL raise anything
             unreadable.append(f"{file} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
             continue
-        turned = found[::-1] if tag in SIDEWAYS else found
         if size == turned:
             tagged += [file] if 1 < tag <= 8 else []
         elif size == found:

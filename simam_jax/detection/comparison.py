@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from simam_jax.detection.figures import PANEL, Panel, examples_figure
 from simam_jax.detection.mistakes import IOU, Mistakes, compare, drawn_results, drawn_truth
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.paths import local
-from simam_jax.preprocessing import read_rgb
+from simam_jax.preprocessing import ImageLike, read_upright, stored_and_upright
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +63,14 @@ def subset(truth: Truth, chosen: np.ndarray) -> Truth:
     kept = set(ids.tolist())
     annotations = [each for each in truth.annotations if each["image_id"] in kept]
     return Truth(ids, truth.sizes[chosen], truth.category_ids, truth.class_names, annotations)
+
+
+def images(truth: Truth, paths: Sequence[Path]) -> Iterator[ImageLike]:
+    """What a detector is to see: the paths, or the pixels where these are annotated as they are stored, against the EXIF tag."""
+    for place, path in enumerate(paths):
+        size = _size(truth, place)
+        stored, upright = _sizes_in(path) or (size, size)
+        yield np.asarray(read_upright(path, size)) if stored == size != upright else path
 
 
 def category_ids(truth: Truth, class_names: Sequence[str], source: str) -> list[int | None]:
@@ -123,8 +131,8 @@ def examples(
     names = dict(zip(truth.category_ids.tolist(), truth.class_names, strict=True))
     rows = []
     for place in np.argsort(-np.array(weights), kind="stable")[:count]:
-        image, size, pixels = ids[place], tuple(truth.sizes[place].tolist()), np.asarray(read_rgb(paths[place]))
-        own = right[image]
+        image, size = ids[place], _size(truth, place)
+        pixels, own = np.asarray(read_upright(paths[place], size)), right[image]
         row = [Panel(paths[place].name, draw_objects(pixels, drawn_truth(own, names, size), PANEL))]
         for title, of in mistakes.items():
             drawn = drawn_results(shown[title][image], own, of[image], names, size)
@@ -132,6 +140,11 @@ def examples(
         rows.append(row)
     note = f"right: blue; wrong: red; missed: yellow. Scores of at least {score}, boxes matched at an IoU of {IOU}."
     return examples_figure(["ground truth", *found], rows, note)
+
+
+def _size(truth: Truth, place: int) -> tuple[int, int]:
+    height, width = truth.sizes[place].tolist()
+    return height, width
 
 
 def _counted(mistakes: Mistakes) -> str:
@@ -147,19 +160,24 @@ def _by_image(rows) -> dict[int, list[Row]]:
 
 def _check_size(path: Path, size: Sequence[int]) -> None:
     """Raises `UserError` if the file has other pixels than the json says: every box would be elsewhere."""
+    sizes = _sizes_in(path)
+    if sizes and tuple(size) not in sizes:
+        raise UserError(
+            f"{path} has {sizes[0][0]} x {sizes[0][1]} pixels, and the annotations say {size[0]} x {size[1]} (height, "
+            f"width): see python -m simam_jax.data.check."
+        )
+
+
+def _sizes_in(path: Path) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """What `stored_and_upright` says of a file; None where it cannot be read, which is said when it is."""
     with naming_extras():
         from PIL import Image
 
     try:
         with Image.open(path) as image:
-            width, height = image.size
+            return stored_and_upright(image)
     except OSError:
-        return  # said when it is read
-    if [height, width] != list(size):
-        raise UserError(
-            f"{path} has {height} x {width} pixels, and the annotations say {size[0]} x {size[1]} (height, width): see "
-            f"python -m simam_jax.data.check."
-        )
+        return None
 
 
 def _some(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ class Detections:
     """The n objects found in an image, the most certain first.
 
     Attributes:
-        boxes: (n, 4) float32, x1 y1 x2 y2 in the image's own pixels.
+        boxes: (n, 4) float32, x1 y1 x2 y2 in the image's own pixels, turned as its EXIF tag says.
         scores: (n,) float32 in 0..1.
         labels: (n,) int32 in 0..num_classes - 1.
         segmentation: n masks (H, W) bool in the image's size, as an array or as `Masks`, which makes each when it is
