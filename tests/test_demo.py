@@ -34,6 +34,7 @@ from simam_jax.models import init_variables
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0])
 SIZES = simam_jax.DetectionPreprocessing(64, 96)
+WAIT = 240  # seconds for what may have to be compiled first, beside other work
 FILE = {"_type": "gradio.FileData"}
 
 
@@ -303,7 +304,7 @@ class Page:
         driver.set_window_size(width, 900)
         driver.get(address)
         self.driver, self.address = driver, address
-        wait_for(lambda: self.all("input[type=file]"), 60)
+        wait_for(lambda: self.all("input[type=file]"), WAIT)
 
     def all(self, selector):
         return self.driver.find_elements("css selector", selector)
@@ -344,7 +345,7 @@ class Page:
         """Removes the image, and the messages."""
         for button in self.all("[data-testid='toast-close'], button[aria-label='Remove Image']"):
             button.click()
-        wait_for(lambda: self.all("input[type=file]") and not self.message(), 60)
+        wait_for(lambda: self.all("input[type=file]") and not self.message(), WAIT)
 
 
 @pytest.mark.slow
@@ -355,7 +356,7 @@ def test_the_page_of_a_classifier_in_a_browser(space, workdir, photographs, brow
     assert page.texts("h1") == ["cifar_resnet20"]
     assert len(page.all("button.gallery-item")) == 2  # the examples
     page.upload(photographs[0])
-    wait_for(lambda: page.overlays() == 2, 60)
+    wait_for(lambda: page.overlays() == 2, WAIT)
     (expected,) = Predictor.load(workdir)(photographs[0]).top(5)
     shown = [text.split("\n")[0] for text in page.texts("[data-testid$='-confidence-set']")]
     assert shown == [name for name, _ in expected]
@@ -364,17 +365,17 @@ def test_the_page_of_a_classifier_in_a_browser(space, workdir, photographs, brow
     page.remove()
     (tmp_path / "text.jpg").write_text("no image at all")
     page.upload(tmp_path / "text.jpg")
-    wait_for(lambda: "text.jpg cannot be read as an image: it is damaged" in page.message(), 60)
+    wait_for(lambda: "text.jpg cannot be read as an image: it is damaged" in page.message(), WAIT)
     page.remove()
     (tmp_path / "large.jpg").write_bytes(bytes(demo.LAUNCH["max_file_size"] + 1))
     page.upload(tmp_path / "large.jpg")
-    wait_for(lambda: "exceed the maximum allowed size of 20.0 Mb" in page.message(), 60)
+    wait_for(lambda: "exceed the maximum allowed size of 20.0 Mb" in page.message(), WAIT)
 
     page = Page(browser, space, width)
     page.all("button.gallery-item")[1].click()  # an example, the flower
-    wait_for(lambda: page.overlays() == 2, 60)
+    wait_for(lambda: page.overlays() == 2, WAIT)
     (expected,) = Predictor.load(workdir)(photographs[1]).top(5)
-    wait_for(lambda: page.texts("[data-testid$='-confidence-set']")[0].split("\n")[0] == expected[0][0], 60)
+    wait_for(lambda: page.texts("[data-testid$='-confidence-set']")[0].split("\n")[0] == expected[0][0], WAIT)
     assert page.asked() == {urlsplit(space).netloc}
 
 
@@ -385,7 +386,7 @@ def test_the_page_of_a_detector_in_a_browser(serve, photographs, browser, width)
     predictor = detector("mask")
     page = Page(browser, serve(predictor).src, width)
     page.upload(photographs[0])
-    wait_for(lambda: page.all("button.legend-item"), 60)
+    wait_for(lambda: page.all("button.legend-item"), WAIT)
     (found,) = predictor([photographs[0]])
     assert page.texts("button.legend-item") == list(dict.fromkeys(found.chosen(0.3).names)) == ["cat", "bird"]
     assert page.fits()
@@ -395,12 +396,12 @@ def test_the_page_of_a_detector_in_a_browser(serve, photographs, browser, width)
         browser.execute_script("arguments[0].click()", button)
 
     click("bird")
-    wait_for(lambda: page.texts("button.legend-item") == ["bird"], 60)
+    wait_for(lambda: page.texts("button.legend-item") == ["bird"], WAIT)
     click("bird")
-    wait_for(lambda: page.texts("button.legend-item") == ["cat", "bird"], 60)
+    wait_for(lambda: page.texts("button.legend-item") == ["cat", "bird"], WAIT)
     slider = page.all("input[type=range]")[0]
     browser.execute_script(
         "arguments[0].value = 1; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));", slider
     )
-    wait_for(lambda: not page.all("button.legend-item"), 60)
+    wait_for(lambda: not page.all("button.legend-item"), WAIT)
     assert page.asked() == {urlsplit(page.address).netloc}
