@@ -222,8 +222,9 @@ def read_upright(image: ImageLike, size: tuple[int, int] | None = None) -> "Imag
 
 def stored_and_upright(image: "Image.Image") -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of an image as it is stored, and as its EXIF tag turns it."""
-    stored = image.height, image.width
-    return stored, stored[::-1] if image.getexif().get(ORIENTATION) in SIDEWAYS else stored
+    height, width = image.height, image.width
+    sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+    return (height, width), (width, height) if sideways else (height, width)
 
 
 def to_rgb(image: "Image.Image", name: str = "The image") -> "Image.Image":
