@@ -28,7 +28,7 @@ FIELDS: dict[str, Any] = {
     "init_skip_head": flag(False),  # with init_from: leave out the head (another number of classes)
     "profile_steps": text(""),  # "FIRST:LAST" updates to write a profile of, for TensorBoard
     "max_step_seconds": number(1800.0, least=0),  # a step (with its data) that takes longer ends the run; 0: never
-    "compilation_cache_dir": path("auto"),  # compiled programs: "auto" the user's cache folder, "" nowhere
+    "compilation_cache_dir": path("auto"),  # compiled programs: "auto" see compilation_cache.py, "" nowhere
     "ema_decay": number(0.0, least=0, most=1),  # per update, of all parameters and statistics; 0: off
     "model": {
         "name": text("resnet50"),  # one of simam_jax.list_models()

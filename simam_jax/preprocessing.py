@@ -213,11 +213,13 @@ def read_upright(image: ImageLike, size: tuple[int, int] | None = None) -> "Imag
         size: height and width that its annotations are for, if there are any. If only the pixels as they are stored have it,
             they stay.
     """
-    stored = read_rgb(image)
+    rgb = read_rgb(image)
+    stored, upright = stored_and_upright(rgb)
+    if stored == size != upright or rgb.getexif().get(ORIENTATION, 1) == 1:
+        return rgb  # PIL would copy it
     from PIL import ImageOps
 
-    turned = ImageOps.exif_transpose(stored)
-    return stored if size and turned.size != size[::-1] and stored.size == size[::-1] else turned
+    return ImageOps.exif_transpose(rgb)
 
 
 def stored_and_upright(image: "Image.Image") -> tuple[tuple[int, int], tuple[int, int]]:

@@ -55,8 +55,10 @@ def from_torch(
         logger.warning(
             "%s: trained with attention=%s, loaded with attention=%s. All weights fit, because SimAM has none; "
             "accuracy falls until the network is fine-tuned.",
-            source, written_with, attention,
-        )  # fmt: skip
+            source,
+            written_with,
+            attention,
+        )
     if num_classes is None:
         bias = ("params", *one_class.class_layers[0], "bias")
         (key,) = torch_names([bias], name, written_with).values()
