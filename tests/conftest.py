@@ -13,6 +13,7 @@ with contextlib.suppress(ImportError):
 
 import jax
 import jax.numpy as jnp
+import processes
 import pytest
 import trained
 from jax.sharding import Mesh
@@ -26,8 +27,16 @@ from simam_jax.models.resnet import ResNet
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# A job in a shell's background ignores Ctrl-C, and so would the programs that tests start and interrupt.
+# A job in a shell's background ignores Ctrl-C, one under nohup a closed terminal, and so would the programs that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def no_run_goes_on():
+    """A test that fails leaves none of its runs behind: one that nobody stops would take the time of all that follow."""
+    yield
+    processes.kill_all()
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ class Run:
             text=True,
         )
         self.output = ""
+        _started.append(self.process)
 
     def until(self, pattern: str) -> str:
         """Reads on until a line has the pattern; fails with what came instead."""
@@ -90,6 +91,18 @@ class Run:
 
     def kill(self, number: int) -> None:
         self.process.send_signal(number)
+
+
+_started: list[subprocess.Popen] = []
+
+
+def kill_all() -> None:
+    """Kills the runs that have not ended."""
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    _started.clear()
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from simam_jax.ops.boxes import exact_product, exact_quotient
 
@@ -20,7 +21,7 @@ class Bins(NamedTuple):
     samples: jax.Array  # int32 in each bin, at most 0 for an empty roi
 
 
-def bins(low: jax.Array, high: jax.Array, count: int, scale: float) -> Bins:
+def bins(low: jax.Array, high: jax.Array, count: int, scale: jax.Array | float) -> Bins:
     """`count` bins from `low` to `high`, in pixels, on a map of `scale` places per pixel; pixel centres at 1/2."""
     start, end = low * scale - 0.5, high * scale - 0.5
     size = exact_quotient(end - start, count)
@@ -48,24 +49,36 @@ def weights(of: Bins, count: int, pixels: jax.Array, size: jax.Array | int) -> j
 class Tiles:
     """The tiles of an axis that the bins of one roi, or of several that share the only tile, have weights in."""
 
-    def __init__(self, of: Bins, bins: int, extent: jax.Array, length: int, tile: int, multiple: int = 1) -> None:
+    def __init__(
+        self,
+        of: Bins,
+        bins: int,
+        extent: jax.Array,
+        length: jax.Array | int,
+        tile: int | None,
+        multiple: int = 1,
+    ) -> None:
         """
         Args:
             of: (K,) each.
             bins: in each roi.
             extent, length: places of the axis that count, and all.
-            tile: places in a tile, at most `length`.
+            tile: places in a tile, at most `length`; None for one tile of the whole axis, whose `length` is an int.
             multiple: tiles begin at multiples of this, which divides `tile` and `length`.
         """
-        self.of, self.bins, self.extent, self.length, self.tile = of, bins, extent, length, tile
+        self.of, self.bins, self.extent, self.length = of, bins, extent, length
+        self.tile = length if tile is None else tile
+        some = (of.samples > 0).any()
+        if tile is None:
+            self.first, self.count = jnp.int32(0), some.astype(jnp.int32)
+            return
 
         def place(x: jax.Array) -> jax.Array:
             return jnp.clip(jnp.floor(x), 0, extent - 1).astype(jnp.int32)
 
-        whole = tile == length
-        self.first = jnp.int32(0) if whole else place(of.start)[0] // multiple * multiple
-        last = jnp.int32(0) if whole else place(of.start + of.size * bins + 1)[0]
-        self.count = jnp.where((of.samples > 0).any(), (last - self.first) // tile + 1, 0)
+        self.first = lax.div(place(of.start)[0], jnp.int32(multiple)) * multiple
+        last = place(of.start + of.size * bins + 1)[0]
+        self.count = jnp.where(some, lax.div(last - self.first, jnp.int32(tile)) + 1, 0)
 
     def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where tile i begins, moved into the axis, and its weights (K, bins, tile)."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from simam_jax.ops.bins import Tiles, bins
@@ -102,56 +103,57 @@ def _in_form(f: Callable[..., Any], form: Form | None, size: int, stride: int, *
     )(*inputs)
 
 
-def _value(
-    form: Form,
-    size: int,
-    stride: int,
-    maps: tuple[jax.Array, ...],
-    rois: _Rois,
-) -> jax.Array:
-    groups = _Groups(form, rois, len(maps))
+def _value(form: Form, size: int, stride: int, maps: tuple[jax.Array, ...], rois: _Rois) -> jax.Array:
+    groups = _Groups(form, rois, stride, [(x.shape[1], x.shape[2]) for x in maps])
     channels = maps[0].shape[-1]
+    padded = [groups.pad(x) for x in maps]
     out = varying_as(jnp.zeros((groups.padded, size, size, channels), jnp.float32), maps, rois)
-    for level, x in enumerate(maps):
+    for levels in groups.loops:
 
-        def add(out: jax.Array, image: jax.Array, start: jax.Array, window: "_Window", x: jax.Array = x) -> jax.Array:
-            features = lax.dynamic_slice(x, _corner(image, window), (1, *window.shape, channels))[0]
-            columns = _bins_of_columns(window.x, features.astype(jnp.float32))
-            values = jnp.einsum("kph,khqc->kpqc", window.y, columns, precision="highest")
-            before = lax.dynamic_slice_in_dim(out, start, form.chunk)
-            return lax.dynamic_update_slice_in_dim(out, before + values, start, axis=0)
+        def add(out: jax.Array, window: _Window, levels: range = levels) -> jax.Array:
+            shape = (1, *window.shape, channels)
+            cuts = [partial(lax.dynamic_slice, padded[level], window.corner, shape) for level in levels]
+            features = lax.switch(window.level, cuts)[0].astype(jnp.float32)
+            values = jnp.einsum("kph,khqc->kpqc", window.y, _bins_of_columns(window.x, features), precision="highest")
+            before = lax.dynamic_slice_in_dim(out, window.start, form.chunk)
+            return lax.dynamic_update_slice_in_dim(out, before + values, window.start, axis=0)
 
-        out = groups.fold(level, (x.shape[1], x.shape[2]), size, stride, add, out)
+        out = groups.fold(levels, size, add, out)
     return groups.restore(out).astype(maps[0].dtype)
 
 
 def _gradient(
-    form: Form,
-    size: int,
-    stride: int,
-    maps: tuple[jax.Array, ...],
-    rois: _Rois,
-    dy: jax.Array,
+    form: Form, size: int, stride: int, maps: tuple[jax.Array, ...], rois: _Rois, dy: jax.Array
 ) -> tuple[jax.Array, ...]:
-    groups = _Groups(form, rois, len(maps))
+    groups = _Groups(form, rois, stride, [(x.shape[1], x.shape[2]) for x in maps])
     channels = dy.shape[-1]
     dy = groups.sort(dy)
-    gradients = []
-    for level, x in enumerate(maps):
 
-        def add(dx: jax.Array, image: jax.Array, start: jax.Array, window: "_Window") -> jax.Array:
-            own = lax.dynamic_slice_in_dim(dy, start, form.chunk).astype(jnp.float32)
-            # For every row of bins a product without a transposition.
-            transposed = jnp.broadcast_to(window.x.mT[:, None], (form.chunk, size, window.shape[1], size))
-            rows = jnp.matmul(transposed, own, precision="highest")
-            values = jnp.einsum("kph,kpwc->hwc", window.y, rows, precision="highest")
-            at = _corner(image, window)
-            before = lax.dynamic_slice(dx, at, (1, *window.shape, channels))
-            return lax.dynamic_update_slice(dx, before + values, at)
+    def add(gradients: list[jax.Array], window: _Window) -> list[jax.Array]:
+        own = lax.dynamic_slice_in_dim(dy, window.start, form.chunk).astype(jnp.float32)
+        # For every row of bins a product without a transposition.
+        transposed = jnp.broadcast_to(window.x.mT[:, None], (form.chunk, size, window.shape[1], size))
+        rows = jnp.matmul(transposed, own, precision="highest")
+        values = jnp.einsum("kph,kpwc->hwc", window.y, rows, precision="highest")
 
-        dx = varying_as(jnp.zeros((*x.shape[:3], channels), jnp.float32), dy, rois)
-        gradients.append(groups.fold(level, (x.shape[1], x.shape[2]), size, stride, add, dx).astype(x.dtype))
-    return tuple(gradients)
+        def add_to(dx: jax.Array) -> jax.Array:
+            before = lax.dynamic_slice(dx, window.corner, (1, *window.shape, channels))
+            return lax.dynamic_update_slice(dx, before + values, window.corner)
+
+        if len(gradients) == 1:
+            return [add_to(gradients[0])]
+        # Loops of one step or none: XLA:CPU would copy the maps that a conditional hands on.
+        return [
+            lax.fori_loop(0, (window.level == i).astype(jnp.int32), lambda _, dx: add_to(dx), dx)
+            for i, dx in enumerate(gradients)
+        ]
+
+    results: list[jax.Array] = []
+    for levels in groups.loops:
+        shapes = [groups.pad(maps[level]).shape[:3] for level in levels]
+        nothing = varying_as([jnp.zeros((*shape, channels), jnp.float32) for shape in shapes], dy, rois)
+        results += groups.fold(levels, size, add, nothing)
+    return tuple(dx[:, : x.shape[1], : x.shape[2]].astype(x.dtype) for dx, x in zip(results, maps, strict=True))
 
 
 def _bins_of_columns(x: jax.Array, features: jax.Array) -> jax.Array:
@@ -164,31 +166,41 @@ def _bins_of_columns(x: jax.Array, features: jax.Array) -> jax.Array:
 
 
 class _Window(NamedTuple):
-    corner: tuple[jax.Array, jax.Array]  # of the window in the map: row, column
-    shape: tuple[int, int]
+    """A part of a map that a loop's step reads or writes, and the weights of its places in the bins of `chunk` rois."""
+
+    level: jax.Array  # counted from the first of the loop
+    start: jax.Array  # the first of the rois
+    corner: tuple[jax.Array, ...]  # where it begins in the map (N, H, W, C)
     y: jax.Array  # (chunk, bins, rows)
     x: jax.Array  # (chunk, bins, columns)
 
-
-def _corner(image: jax.Array, window: _Window) -> tuple[jax.Array, ...]:
-    """Where the window begins in a map (N, H, W, C); equal dtypes, also where integers are 64 bits wide."""
-    row, column = window.corner
-    return image, row, column, jnp.int32(0)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.y.shape[-1], self.x.shape[-1]
 
 
 class _Groups:
-    """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map."""
+    """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map after the other."""
 
-    def __init__(self, form: Form, rois: _Rois, num_levels: int) -> None:
-        self.form, self.extents = form, rois.extents
+    def __init__(self, form: Form, rois: _Rois, stride: int, shapes: Sequence[tuple[int, int]]) -> None:
+        self.form, self.shapes = form, shapes
         self.images, self.rois_per_image = rois.valid.shape
+        places = stride * 2 ** np.arange(len(shapes), dtype=np.int32)
+        self.scales = jnp.asarray(1 / places, jnp.float32)
+        self.extents = -(-rois.extents.astype(jnp.int32) // places[:, None, None])  # (levels, N, 2)
         image = jnp.arange(self.images)[:, None]
-        group = jnp.where(rois.valid, rois.levels * self.images + image, num_levels * self.images).reshape(-1)
+        group = jnp.where(rois.valid, rois.levels * self.images + image, len(shapes) * self.images).reshape(-1)
         self.order = jnp.argsort(group, stable=True)
         # The first roi of each group, and the end of the last.
-        self.starts = (group < jnp.arange(num_levels * self.images + 1)[:, None]).sum(1, dtype=jnp.int32)
+        self.starts = (group < jnp.arange(len(shapes) * self.images + 1)[:, None]).sum(1, dtype=jnp.int32)
         self.padded = group.shape[0] + form.chunk
         self.boxes = self.sort(rois.boxes)
+
+    @property
+    def loops(self) -> list[range]:
+        """The levels of each loop: all in one, which is compiled once, if they are read in windows of one shape."""
+        count = len(self.shapes)
+        return [range(count)] if self.form.tile else [range(level, level + 1) for level in range(count)]
 
     def sort(self, x: jax.Array) -> jax.Array:
         """(N, R, ...) in the sorted order, (N * R + chunk, ...)."""
@@ -199,39 +211,43 @@ class _Groups:
         """The inverse of `sort`."""
         return x[jnp.argsort(self.order)].reshape(self.images, self.rois_per_image, *x.shape[1:])
 
-    def fold(
-        self,
-        level: int,
-        shape: tuple[int, int],
-        size: int,
-        stride: int,
-        add: Callable[..., jax.Array],
-        state: jax.Array,
-    ) -> jax.Array:
-        """add(state, image, first roi, window) over all windows of all rois of a level."""
-        chunk, places = self.form.chunk, stride * 2**level
-        tile = min(self.form.tile or shape[0], shape[0]), min(self.form.tile or shape[1], shape[1])
+    def pad(self, x: jax.Array) -> jax.Array:
+        """A map (N, H, W, C) that has room for a window."""
+        rows, columns = (max((self.form.tile or 0) - length, 0) for length in x.shape[1:3])
+        return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
 
-        def of_image(image: jax.Array, state: jax.Array) -> jax.Array:
-            extent = -(-self.extents[image] // places)
-            first, end = self.starts[level * self.images + image], self.starts[level * self.images + image + 1]
+    def fold(self, levels: range, size: int, add: Callable[[Any, _Window], Any], state: Any) -> Any:
+        """add(state, window) over all windows of all rois of these levels."""
+        chunk, tile = self.form
+        lengths = jnp.array([[max(length, tile or 0) for length in self.shapes[level]] for level in levels], jnp.int32)
 
-            def of_chunk(i: jax.Array, state: jax.Array) -> jax.Array:
+        def of_map(k: jax.Array, state: Any) -> Any:
+            level, image = lax.div(k, jnp.int32(self.images)), lax.rem(k, jnp.int32(self.images))
+            first, end, own = self.starts[k], self.starts[k + 1], level - levels.start
+
+            def of_chunk(i: jax.Array, state: Any) -> Any:
                 start = first + i * chunk
                 x1, y1, x2, y2 = lax.dynamic_slice_in_dim(self.boxes, start, chunk).T
                 real = start + jnp.arange(chunk) < end
-                edges = bins(y1, y2, size, 1 / places), bins(x1, x2, size, 1 / places)
+                edges = (bins(low, high, size, self.scales[level]) for low, high in ((y1, y2), (x1, x2)))
                 rows, columns = (
-                    Tiles(of._replace(samples=jnp.where(real, of.samples, 0)), size, extent[i], shape[i], tile[i])
-                    for i, of in enumerate(edges)
+                    Tiles(
+                        of._replace(samples=jnp.where(real, of.samples, 0)),
+                        size,
+                        self.extents[level, image, axis],
+                        lengths[own, axis] if tile else self.shapes[levels.start][axis],
+                        tile,
+                    )
+                    for axis, of in enumerate(edges)
                 )
 
-                def of_tile(j: jax.Array, state: jax.Array) -> jax.Array:
-                    (y, wy), (x, wx) = rows.at(j // columns.count), columns.at(j % columns.count)
-                    return add(state, image, start, _Window((y, x), tile, wy, wx))
+                def of_tile(j: jax.Array, state: Any) -> Any:
+                    (y, wy), (x, wx) = rows.at(lax.div(j, columns.count)), columns.at(lax.rem(j, columns.count))
+                    return add(state, _Window(own, start, (image, y, x, jnp.int32(0)), wy, wx))
 
                 return lax.fori_loop(0, rows.count * columns.count, of_tile, state)
 
-            return lax.fori_loop(0, -(-(end - first) // chunk), of_chunk, state)
+            return lax.fori_loop(0, lax.div(end - first + (chunk - 1), jnp.int32(chunk)), of_chunk, state)
 
-        return lax.fori_loop(jnp.int32(0), jnp.int32(self.images), of_image, state)
+        ends = jnp.int32(levels.start * self.images), jnp.int32(levels.stop * self.images)
+        return lax.fori_loop(*ends, of_map, state)
