@@ -1,6 +1,7 @@
 """Every test sees eight virtual CPU devices, as a small pod would have."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -27,6 +28,9 @@ from simam_jax.models.resnet import ResNet
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Tracing makes many objects and few cycles: by Python's own threshold a tenth of the time goes into looking for them.
+gc.set_threshold(200_000, 20, 100)
+
 # A job in a shell's background ignores Ctrl-C, one under nohup a closed terminal, and so would the programs that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -37,6 +41,22 @@ def no_run_goes_on():
     """A test that fails leaves none of its runs behind: one that nobody stops would take the time of all that follow."""
     yield
     processes.kill_all()
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """For tests of what a network is and does, which run each program once or twice: LLVM optimizes little, XLA as ever."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def fully_compiled():
+    """For a test in such a module that compares with the reference implementation's numbers: compiled as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from simam_jax.torch_weights.files import read_state, write_state
 from simam_jax.torch_weights.names import State, to_torch
 from simam_jax.torch_weights.variables import from_torch
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 torch = pytest.importorskip("torch")
 
 

@@ -32,6 +32,8 @@ from simam_jax.detection.detections import Detections
 from simam_jax.inference import Predictor
 from simam_jax.models import init_variables
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0])
 SIZES = simam_jax.DetectionPreprocessing(64, 96)
 WAIT = 240  # seconds for what may have to be compiled first, beside other work

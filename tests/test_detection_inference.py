@@ -32,6 +32,8 @@ from simam_jax.ops.bilinear import resize_bilinear
 from simam_jax.rcnn.masks import paste
 from simam_jax.torch_weights.names import to_torch
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TEMPLE, FLOWER = load_sample_images().images
 SMALL = DetectionPreprocessing(min_size=64, max_size=96)
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "detection"

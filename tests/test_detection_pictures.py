@@ -20,6 +20,8 @@ from simam_jax.models import init_variables
 from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import ORIENTATION
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PHOTOGRAPHS = dict(zip(("temple", "flower"), load_sample_images().images, strict=True))
 
 

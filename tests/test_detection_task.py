@@ -17,6 +17,8 @@ from simam_jax.training.optimizer import sgd
 from simam_jax.training.state import create_state
 from simam_jax.training.step import batch_sharded, make_eval_step, make_train_step, replicated
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):

@@ -19,6 +19,8 @@ from simam_jax.models import init_variables, variable_shapes
 from simam_jax.torch_weights.names import to_torch
 from simam_jax.weights import start_from
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MASK = "mask_rcnn_resnet50_fpn"
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "detection"
 

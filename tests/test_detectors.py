@@ -15,6 +15,8 @@ from simam_jax.models.detector import trainable
 from simam_jax.models.detector_losses import LOSSES, Targets, losses, total
 from simam_jax.ops.dispatch import lowering_for
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 NUM_CLASSES = 5
 SIZE = 64, 96
 

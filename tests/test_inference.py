@@ -17,6 +17,8 @@ from simam_jax.ops.images import normalize
 from simam_jax.preprocessing import CIFAR, IMAGENET, Preprocessing
 from simam_jax.torch_weights.names import to_torch
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SPEC = {"name": "cifar_resnet20", "num_classes": 7, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = [f"class {letter}" for letter in "abcdefg"]
 SMALL = Preprocessing(16, 20, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2))

@@ -20,6 +20,8 @@ from simam_jax.training.run import build, initial_state
 from simam_jax.training.state import create_state
 from simam_jax.training.step import batch_sharded
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base", "fields"))
 
 
@@ -78,7 +80,20 @@ def test_what_follows_a_recipe_s_name_chooses_the_model():
         module.get_config("atention=se")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.fixture
+def shallow(monkeypatch):
+    """Networks have one block in every stage."""
+    full = models.create_model
+
+    def create(*args, **kwargs):
+        model = full(*args, **kwargs)
+        sizes = getattr(model.backbone, "stage_sizes", ())
+        return model.with_backbone(stage_sizes=(1,) * len(sizes)) if sizes else model
+
+    monkeypatch.setattr(models, "create_model", create)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, shallow):  # noqa: ARG001
     changes = {"num_steps": 9, "schedule.learning_rate": 1e30, "schedule.warmup_epochs": 0.0, "log_every_steps": 9}
     with pytest.raises(simam_jax.UserError, match=r"In update \d the loss is .*learning_rate.*no checkpoint yet"):
         loop.train(small(**changes), str(tmp_path), make_task)
@@ -166,10 +181,8 @@ def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe, scene
 
 @pytest.mark.slow  # ten programs to compile
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "rcnn" not in name])  # these: test_detection_task
-def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
+def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch, shallow):  # noqa: ARG001
     """At a small size and with one block in every stage; the golden files hold for the whole networks."""
-    full = models.create_model
-    monkeypatch.setattr(models, "create_model", lambda *args, **kwargs: _shallow(full(*args, **kwargs)))
     monkeypatch.setattr(mobilenet_v2, "STAGES", [(*shape, 1, stride) for *shape, _, stride in mobilenet_v2.STAGES])
     config = importlib.import_module(f"configs.{recipe}").get_config()
     small = {"data.source": "synthetic", "data.image_size": 32, "batch_size": 16, "model.bn_group_size": 4}
@@ -183,9 +196,3 @@ def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
     assert np.isfinite(values["scalars"]["loss"])
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.variables["params"]))
     assert jax.tree.all(moved)
-
-
-def _shallow(model):
-    """The same network with one block in every stage."""
-    sizes = getattr(model.backbone, "stage_sizes", ())
-    return model.with_backbone(stage_sizes=(1,) * len(sizes)) if sizes else model

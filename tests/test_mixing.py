@@ -9,6 +9,8 @@ from jax.sharding import Mesh, PartitionSpec
 from simam_jax.classification import mixing
 from simam_jax.ops.images import normalize
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 N, SIZE = 512, 16
 KEY = jax.random.key(0)
 INDEX = jnp.arange(N)

@@ -21,6 +21,8 @@ from simam_jax.ops.activations import relu
 from simam_jax.ops.dispatch import lowering_for
 from simam_jax.ops.parts import apply_in_parts
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 shapes = functools.cache(variable_shapes)  # shared with the tests of conversion
 
 

@@ -11,6 +11,8 @@ from simam_jax.tasks import make_task
 from simam_jax.training import check, loop, program
 from simam_jax.training.run import build
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def small(**changes):
     """A few updates on noise."""

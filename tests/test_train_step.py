@@ -18,6 +18,8 @@ from simam_jax.training.optimizer import sgd
 from simam_jax.training.state import create_state
 from simam_jax.training.step import batch_sharded, check_divisible, make_eval_step, make_train_step, replicated
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BATCH = 16
 
 
@@ -137,7 +139,7 @@ def test_gradients_meet_in_one_all_reduce_and_the_state_is_donated(tiny_network,
     assert "input_output_alias" in text
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "fully_compiled")
 def test_the_losses_of_the_reference_implementation_s_updates(mesh_of):
     """SGD on the golden case, through the real update: normalisation set to leave the golden images as they are."""
     from golden_cases import golden_images, golden_state, read_case

@@ -13,6 +13,8 @@ from simam_jax import DetectionPreprocessing, Predictor, UserError, create_model
 from simam_jax.command_line import find_images
 from simam_jax.models import init_variables
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TEMPLE = load_sample_images().images[0]
 LEVELS = [40, 80, 120, 160, 200]  # of the red in each frame
 

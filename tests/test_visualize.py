@@ -20,6 +20,8 @@ from simam_jax.models.blocks import BasicBlock
 from simam_jax.models.registry import Architecture
 from simam_jax.models.resnet import ResNet
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SPEC = {"name": "tiny", "num_classes": 3, "attention": "simam", "attention_param": 1e-4, "dtype": "float32"}
 NAMES = ["a temple", "a flower", "a cat"]
 SEEN = {"image_size": 16, "eval_resize": 20, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}

@@ -22,6 +22,8 @@ from simam_jax.torch_weights.names import to_torch
 from simam_jax.torch_weights.variables import from_torch
 from simam_jax.weights import check_class_names, start_from
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 torch = pytest.importorskip("torch")
 
 NAME = "cifar_resnet20"
@@ -241,6 +243,7 @@ def test_a_truncated_or_closed_pil_image_is_that_image_s_error(variables, tmp_pa
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published checkpoint is not part of the project")
+@pytest.mark.usefixtures("fully_compiled")
 def test_the_published_checkpoint_gives_the_reference_implementation_s_logits(tmp_path):
     path = PUBLISHED / "cifar100_resnet20_simam.pth.tar"
     with np.load(PUBLISHED / "cifar100_test_1000.npz") as file:
@@ -248,7 +251,9 @@ def test_the_published_checkpoint_gives_the_reference_implementation_s_logits(tm
     predictor = Predictor.load(path, name=NAME)
     convert.main([str(path), str(tmp_path / "run"), "--model", NAME])
     model, variables = load_torch(path, NAME)
-    for ours in (predictor, Predictor.load(tmp_path / "run"), Predictor(model, variables, predictor.preprocessing)):
-        found = np.asarray(jax.jit(ours.logits)(ours.variables, images))
-        assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()
-        assert (found.argmax(1) == labels).sum() == 703
+    found = np.asarray(jax.jit(predictor.logits)(predictor.variables, images))
+    assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()
+    assert (found.argmax(1) == labels).sum() == 703
+    for other in (Predictor.load(tmp_path / "run"), Predictor(model, variables, predictor.preprocessing)):
+        assert (other.model, other.preprocessing) == (predictor.model, predictor.preprocessing)
+        assert_equal(other.variables, predictor.variables)
