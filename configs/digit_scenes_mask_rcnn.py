@@ -3,7 +3,7 @@
     python train.py --config configs/digit_scenes_mask_rcnn.py --workdir DIR
 
 1,600 scenes of 128x128 pixels for training, 200 for the test, made of scikit-learn's digits and photographs; other digits
-and other parts of the photographs for the test. Some ten minutes on two CPU cores; box AP50 of at least 0.85, mask AP50 of
+and other parts of the photographs for the test. Seven to twelve minutes on two CPU cores; box AP50 of at least 0.85, mask AP50 of
 at least 0.80.
 """
 

@@ -15,7 +15,7 @@ from simam_jax.data.objects import open_examples
 from simam_jax.detection.apply import prepared
 from simam_jax.preprocessing import read_rgb
 
-SCENES = (3, 8)  # of the test
+SCENES = (39, 20)  # of the test
 LAYERS = ("backbone/layer1_0", "backbone/layer2_0", "backbone/layer3_0")
 SIDE, GAP = 240, 6  # pixels
 
