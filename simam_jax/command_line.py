@@ -165,6 +165,8 @@ def _expanded(named: str) -> list[Path]:
         return [path]
     if matches := glob.glob(str(path), recursive=True):
         return sorted(map(Path, matches), key=_natural)
+    if any(each in named for each in "*?["):
+        raise errors.UserError(f"There is no file or folder that the pattern {path} names.")
     raise errors.UserError(f"There is no file or folder {path}.")
 
 
@@ -194,7 +196,8 @@ def with_progress(results: Iterator, total: int) -> Iterator:
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr)
     passed = max(time.monotonic() - start, 1e-9)
-    print(f"{done} images in {duration(passed)}, {done / passed:.1f} images/s", file=sys.stderr)
+    images = "image" if done == 1 else "images"
+    print(f"{done} {images} in {duration(passed)}, {done / passed:.1f} images/s", file=sys.stderr)
 
 
 def run_compiling(main: Callable[[], int | None]) -> None:

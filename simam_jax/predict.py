@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.score is not None and not 0 <= args.score <= 1:
         raise errors.UserError(f"--score must be in 0..1, got {args.score}.")
     output = local(args.output) if args.output else None
+    if output and output.exists() and not output.is_dir():
+        raise errors.UserError(f"--output={output} is a file: name a folder for the pictures.")
     paths = find_images(args.images, output=output, endings=ENDINGS + video.ENDINGS)
     if any(map(video.is_video, paths)):
         with errors.naming_extras():  # before the weights are read
@@ -161,8 +163,7 @@ def _show_objects(
             import pycocotools  # noqa: F401
     skipped, rows = 0, 0
     drawn: set[Path] = set()
-    if not args.json:
-        print(f"  {HEADER}")
+    headed = args.json
     with _pictures(places, args.every) as write:
         for seen in _look(args, predictor, paths):
             if isinstance(seen.result, errors.UserError):
@@ -175,6 +176,9 @@ def _show_objects(
                 longest = None if seen.frame is None else max(*pixels.shape[:2], SHOWN)  # all frames of one size
                 write(seen, shown.draw(pixels, threshold=0, longest=longest))
                 drawn.add(seen.path)
+            if not headed:
+                print(f"  {HEADER}")
+                headed = True
             if not args.json:
                 print(seen.name, *(f"  {line}" for line in shown.lines() or ["nothing found"]), sep=os.linesep)
                 continue

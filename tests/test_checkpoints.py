@@ -405,6 +405,14 @@ def test_load_of_nothing_says_so(make, message, tmp_path):
         simam_jax.load(path)
 
 
+def test_load_of_a_folder_of_runs_names_them(tmp_path, variables):
+    for name in ("scenes", "digits"):
+        checkpoints.write_weights(tmp_path / name, SPEC, variables)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match="There are some in digits, scenes. Give the workdir of a run"):
+        simam_jax.load(tmp_path)
+
+
 def test_load_of_a_damaged_checkpoint_says_so(tmp_path, variables):
     checkpoints.write_weights(tmp_path, SPEC, variables)
     damage(max(files_of(tmp_path / "checkpoints" / "0" / "variables"), key=lambda p: p.stat().st_size), "flipped")

@@ -335,7 +335,8 @@ def test_wrong_wishes_are_errors(look, folder, capsys):
         (["--score", "30"], r"--score must be in 0\.\.1, got 30"),
         (["--top", "3"], "--top is for classifiers"),
         (["--output", folder], "would write over the image .*broken.png"),
-        ([folder / "*.bmp"], "There is no file or folder"),
+        (["--output", folder / "broken.png"], "broken.png is a file: name a folder"),
+        ([folder / "*.bmp"], "no file or folder that the pattern .*bmp names"),
     ):
         with pytest.raises(UserError, match=message):
             look(folder, *wishes)

@@ -70,7 +70,8 @@ def place(tmp_path_factory):
     for name, photograph in zip(("cat.jpg", "dog.jpg"), load_sample_images().images, strict=True):
         for target in (folder / name, folder / "photos" / name):
             Image.fromarray(photograph).save(target)
-    shutil.copy(folder / "cat.jpg", folder / "digit.jpg")
+    for name in ("digit.jpg", "scene.jpg"):
+        shutil.copy(folder / "cat.jpg", folder / name)
     _write_detectors(folder)
     return folder
 
