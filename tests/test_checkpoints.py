@@ -409,7 +409,7 @@ def test_load_of_a_folder_of_runs_names_them(tmp_path, variables):
     for name in ("scenes", "digits"):
         checkpoints.write_weights(tmp_path / name, SPEC, variables)
     (tmp_path / "notes").mkdir()
-    with pytest.raises(UserError, match="There are some in digits, scenes. Give the workdir of a run"):
+    with pytest.raises(UserError, match="There are some in digits, scenes"):
         simam_jax.load(tmp_path)
 
 
