@@ -1,13 +1,9 @@
 """The cases in tests/golden: what the reference implementation was asked, and the weights and images it was asked with."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-from simam_jax.models import ATTENTIONS, list_models
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -49,14 +45,3 @@ def golden_images(case: dict, seed: int = 7) -> tuple[np.ndarray, np.random.Gene
     rng = np.random.default_rng(seed)
     size = case["image_size"]
     return nhwc(rng.standard_normal((case["batch"], 3, size, size), dtype=np.float32)), rng
-
-
-# One network of each family and kind of block.
-KINDS = ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d", "mobilenet_v2", "cifar_mobilenet_v2", "cifar_resnet20")
-KINDS += ("cifar_resnet20_bottleneck", "cifar_preresnet20", "cifar_preresnet20_bottleneck", "cifar_wideresnet28x10")
-COMBINATIONS = [(name, attention) for name in KINDS for attention in ATTENTIONS]
-COMBINATIONS += [
-    pytest.param(name, "simam", marks=[pytest.mark.slow] if re.search(r"1\d\d", name) else [])  # over 100 layers
-    for name in list_models("classification")
-    if name not in KINDS
-]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from golden_cases import COMBINATIONS
+from network_cases import COMBINATIONS
 
 import simam_jax
 from simam_jax import UserError, convert, create_model, load_torch

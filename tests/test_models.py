@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import COMBINATIONS
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from network_cases import COMBINATIONS
 
 from simam_jax import UserError, create_model, list_models
 from simam_jax.layers import BatchNorm, Conv, Dropout
