@@ -98,7 +98,7 @@ def first_readable(path: str | Path, read_one: Callable[[Path], T]) -> T:
         return read_one(path)
     found = steps(inside) if inside else []
     if inside is None or not found:
-        runs = sorted(each.name for each in path.iterdir() if (each / FOLDER).is_dir()) if path.is_dir() else []
+        runs = sorted(each.name for each in path.iterdir() if folder(each).is_dir()) if path.is_dir() else []
         known = f" There are some in {', '.join(runs)}." if runs else ""
         raise UserError(f"There is no checkpoint in {path}.{known} Give the workdir of a run, or a checkpoint in it.")
     damaged: list[DamagedError] = []

@@ -165,7 +165,7 @@ def _expanded(named: str) -> list[Path]:
         return [path]
     if matches := glob.glob(str(path), recursive=True):
         return sorted(map(Path, matches), key=_natural)
-    if any(each in named for each in "*?["):
+    if glob.escape(named) != named:
         raise errors.UserError(f"There is no file or folder that the pattern {path} names.")
     raise errors.UserError(f"There is no file or folder {path}.")
 

@@ -161,9 +161,8 @@ def _show_objects(
     if args.json and getattr(predictor.model, "masks", False):
         with errors.naming_extras():  # before the first image
             import pycocotools  # noqa: F401
-    skipped, rows = 0, 0
+    skipped, printed = 0, 0
     drawn: set[Path] = set()
-    headed = args.json
     with _pictures(places, args.every) as write:
         for seen in _look(args, predictor, paths):
             if isinstance(seen.result, errors.UserError):
@@ -176,18 +175,18 @@ def _show_objects(
                 longest = None if seen.frame is None else max(*pixels.shape[:2], SHOWN)  # all frames of one size
                 write(seen, shown.draw(pixels, threshold=0, longest=longest))
                 drawn.add(seen.path)
-            if not headed:
-                print(f"  {HEADER}")
-                headed = True
             if not args.json:
+                if not printed:
+                    print(f"  {HEADER}")
+                printed += 1
                 print(seen.name, *(f"  {line}" for line in shown.lines() or ["nothing found"]), sep=os.linesep)
                 continue
             listed = seen.result.chosen(args.score or 0.0, classes)
             for row in listed.results(_name_in_results(seen), predictor.category_ids):
-                print(",\n" if rows else "[", json.dumps(row | seen.json()), sep="", end="")
-                rows += 1
+                print(",\n" if printed else "[", json.dumps(row | seen.json()), sep="", end="")
+                printed += 1
     if args.json:
-        print("]" if rows else "[]")
+        print("]" if printed else "[]")
     if drawn:
         print(f"drawn in {args.output}: {len(drawn)}", file=sys.stderr)
     return skipped

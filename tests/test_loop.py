@@ -93,7 +93,8 @@ def shallow(monkeypatch):
     monkeypatch.setattr(models, "create_model", create)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, shallow):  # noqa: ARG001
+@pytest.mark.usefixtures("shallow")
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     changes = {"num_steps": 9, "schedule.learning_rate": 1e30, "schedule.warmup_epochs": 0.0, "log_every_steps": 9}
     with pytest.raises(simam_jax.UserError, match=r"In update \d the loss is .*learning_rate.*no checkpoint yet"):
         loop.train(small(**changes), str(tmp_path), make_task)
@@ -180,8 +181,9 @@ def test_every_recipe_builds_and_its_update_keeps_the_state_s_form(recipe, scene
 
 
 @pytest.mark.slow  # ten programs to compile
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "rcnn" not in name])  # these: test_detection_task
-def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch, shallow):  # noqa: ARG001
+def test_an_update_of_every_recipe_moves_every_parameter(recipe, monkeypatch):
     """At a small size and with one block in every stage; the golden files hold for the whole networks."""
     monkeypatch.setattr(mobilenet_v2, "STAGES", [(*shape, 1, stride) for *shape, _, stride in mobilenet_v2.STAGES])
     config = importlib.import_module(f"configs.{recipe}").get_config()

@@ -106,7 +106,7 @@ def _in_form(f: Callable[..., Any], form: Form | None, size: int, stride: int, *
 def _value(form: Form, size: int, stride: int, maps: tuple[jax.Array, ...], rois: _Rois) -> jax.Array:
     groups = _Groups(form, rois, stride, [(x.shape[1], x.shape[2]) for x in maps])
     channels = maps[0].shape[-1]
-    padded = [groups.pad(x) for x in maps]
+    padded = groups.pad(maps)
     out = varying_as(jnp.zeros((groups.padded, size, size, channels), jnp.float32), maps, rois)
     for levels in groups.loops:
 
@@ -150,8 +150,8 @@ def _gradient(
 
     results: list[jax.Array] = []
     for levels in groups.loops:
-        shapes = [groups.pad(maps[level]).shape[:3] for level in levels]
-        nothing = varying_as([jnp.zeros((*shape, channels), jnp.float32) for shape in shapes], dy, rois)
+        shapes = [(groups.images, *groups.shapes[level], channels) for level in levels]
+        nothing = varying_as([jnp.zeros(shape, jnp.float32) for shape in shapes], dy, rois)
         results += groups.fold(levels, size, add, nothing)
     return tuple(dx[:, : x.shape[1], : x.shape[2]].astype(x.dtype) for dx, x in zip(results, maps, strict=True))
 
@@ -183,7 +183,8 @@ class _Groups:
     """All rois of a batch, sorted by level, then image, so that a loop runs over the rois of one map after the other."""
 
     def __init__(self, form: Form, rois: _Rois, stride: int, shapes: Sequence[tuple[int, int]]) -> None:
-        self.form, self.shapes = form, shapes
+        self.form = form
+        self.shapes = [(max(rows, form.tile or 0), max(columns, form.tile or 0)) for rows, columns in shapes]
         self.images, self.rois_per_image = rois.valid.shape
         places = stride * 2 ** np.arange(len(shapes), dtype=np.int32)
         self.scales = jnp.asarray(1 / places, jnp.float32)
@@ -211,19 +212,24 @@ class _Groups:
         """The inverse of `sort`."""
         return x[jnp.argsort(self.order)].reshape(self.images, self.rois_per_image, *x.shape[1:])
 
-    def pad(self, x: jax.Array) -> jax.Array:
-        """A map (N, H, W, C) that has room for a window."""
-        rows, columns = (max((self.form.tile or 0) - length, 0) for length in x.shape[1:3])
-        return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
+    def pad(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
+        """The maps (N, H, W, C), each with room for a window: of `shapes`."""
+        missing = [
+            (rows - x.shape[1], columns - x.shape[2]) for x, (rows, columns) in zip(maps, self.shapes, strict=True)
+        ]
+        return [
+            jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
+            for x, (rows, columns) in zip(maps, missing, strict=True)
+        ]
 
     def fold(self, levels: range, size: int, add: Callable[[Any, _Window], Any], state: Any) -> Any:
         """add(state, window) over all windows of all rois of these levels."""
         chunk, tile = self.form
-        lengths = jnp.array([[max(length, tile or 0) for length in self.shapes[level]] for level in levels], jnp.int32)
+        lengths = jnp.array(self.shapes, jnp.int32)
 
         def of_map(k: jax.Array, state: Any) -> Any:
             level, image = lax.div(k, jnp.int32(self.images)), lax.rem(k, jnp.int32(self.images))
-            first, end, own = self.starts[k], self.starts[k + 1], level - levels.start
+            first, end = self.starts[k], self.starts[k + 1]
 
             def of_chunk(i: jax.Array, state: Any) -> Any:
                 start = first + i * chunk
@@ -235,7 +241,7 @@ class _Groups:
                         of._replace(samples=jnp.where(real, of.samples, 0)),
                         size,
                         self.extents[level, image, axis],
-                        lengths[own, axis] if tile else self.shapes[levels.start][axis],
+                        lengths[level, axis] if tile else self.shapes[levels.start][axis],
                         tile,
                     )
                     for axis, of in enumerate(edges)
@@ -243,7 +249,7 @@ class _Groups:
 
                 def of_tile(j: jax.Array, state: Any) -> Any:
                     (y, wy), (x, wx) = rows.at(lax.div(j, columns.count)), columns.at(lax.rem(j, columns.count))
-                    return add(state, _Window(own, start, (image, y, x, jnp.int32(0)), wy, wx))
+                    return add(state, _Window(level - levels.start, start, (image, y, x, jnp.int32(0)), wy, wx))
 
                 return lax.fori_loop(0, rows.count * columns.count, of_tile, state)
 
