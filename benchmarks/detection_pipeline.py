@@ -25,7 +25,7 @@ from pycocotools import mask as mask_utils
 from sklearn.datasets import load_sample_images
 
 from benchmarks import measure
-from simam_jax.data.objects import open_examples
+from simam_jax.data.detection_sources import open_examples
 from simam_jax.detection.rows import Layout, View, train_row
 from simam_jax.errors import run_cli
 from simam_jax.preprocessing import COCO

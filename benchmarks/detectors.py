@@ -107,7 +107,7 @@ def our_training(name: str, count: int, dtype: str = "float32") -> Callable[[], 
 
         def loss(params: Any) -> jax.Array:
             held = {**variables, "params": unflatten_dict(frozen_of(variables) | params)}
-            return total(losses(model, held, images, targets, jax.random.split(key, len(images))))
+            return total(losses(model, held, images, targets, jax.random.split(key, len(images)))[0])
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)

@@ -73,10 +73,10 @@ def _prepare_classifier(args: argparse.Namespace, size: int, files: list[Path]) 
 def _prepare_detector(args: argparse.Namespace, size: int, files: list[Path]) -> Prepared:
     model = simam_jax.create_model(args.model, num_classes=3)  # so few that even drawn weights find 100 objects
     variables = init_variables(model, jax.random.key(0))
-    how = DetectionPreprocessing(args.size, args.size * 5 // 3)
-    predictor = DetectorPredictor(model, variables, how, batch_size=size)
-    ready = [how(file) for file in files]
-    shape = how.bucket(*ready[0].pixels.shape[:2])
+    preprocessing = DetectionPreprocessing(args.size, args.size * 5 // 3)
+    predictor = DetectorPredictor(model, variables, preprocessing, batch_size=size)
+    ready = [preprocessing(file) for file in files]
+    shape = preprocessing.bucket(*ready[0].pixels.shape[:2])
     batches = [(variables, *padded(ready[i : i + size], shape, size)) for i in range(0, len(files), size)]
     return jax.jit(predictor.detections), batches, lambda: [found.masks is None for _, found in predictor.stream(files)]
 

@@ -11,7 +11,7 @@ from configs.digit_scenes_mask_rcnn import get_config
 from simam_jax import Predictor
 from simam_jax.classification.explain import attention_weights
 from simam_jax.classification.figures import overlay
-from simam_jax.data.objects import open_examples
+from simam_jax.data.detection_sources import open_examples
 from simam_jax.detection.apply import prepared
 from simam_jax.preprocessing import read_rgb
 
@@ -23,13 +23,13 @@ SIDE, GAP = 240, 6  # pixels
 def main(workdir: str = "runs/scenes", output: str = "docs/images/overview.jpg") -> None:
     """Writes a row for each scene: the photograph, SimAM's weights in three layers, and what is found with a score of 0.9."""
     predictor: Any = Predictor.load(workdir)
-    how = predictor.preprocessing
+    preprocessing = predictor.preprocessing
     examples = open_examples(get_config().data, "eval", masks=False)
     rows = []
     for index in SCENES:
         pixels = np.asarray(read_rgb(examples.read(index).image).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-        seen = how(pixels).pixels[None]  # a square has no padding
-        images = prepared(seen, [seen.shape[1:3]], how.mean, how.std, predictor.model.dtype)
+        seen = preprocessing(pixels).pixels[None]  # a square has no padding
+        images = prepared(seen, [seen.shape[1:3]], preprocessing.mean, preprocessing.std, predictor.model.dtype)
         weights = attention_weights(predictor.model, predictor.variables, images, method="pyramid")
         heats = [overlay(pixels, np.asarray(weights[layer][0]).mean(-1)) for layer in LAYERS]
         (found,) = predictor(pixels)

@@ -222,8 +222,8 @@ class ClassifierPredictor(Predictor):
 
     def normalized(self, pixels: ArrayLike) -> jax.Array:
         """uint8 (N, image_size, image_size, 3) to float32, as `model.apply` takes images."""
-        how = self.preprocessing
-        return normalize(jnp.asarray(pixels), how.mean, how.std)
+        preprocessing = self.preprocessing
+        return normalize(jnp.asarray(pixels), preprocessing.mean, preprocessing.std)
 
 
 class DetectorPredictor(Predictor):

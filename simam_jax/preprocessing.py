@@ -145,16 +145,16 @@ class DetectionPreprocessing:
         The longer sides are 128 pixels apart. Few shapes are few compilations, and more padding. A detector is told where
         its images end, so that its results do not depend on them.
         """
-        short, long = (-(-size // STRIDE) * STRIDE for size in (self.min_size, self.max_size))
+        short, long = (-(-size // SIZE_DIVISOR) * SIZE_DIVISOR for size in (self.min_size, self.max_size))
         if self.buckets == 1:
             return long, long
-        apart = range(0, self.buckets // 2 * 4 * STRIDE, 4 * STRIDE)
+        apart = range(0, self.buckets // 2 * 4 * SIZE_DIVISOR, 4 * SIZE_DIVISOR)
         longer = sorted(long - less for less in apart if long - less >= short)
         side = next(side for side in longer if side >= max(height, width))
         return (short, side) if height <= width else (side, short)
 
 
-STRIDE = 32  # pixels: padded sizes are multiples of it
+SIZE_DIVISOR = 32  # pixels: padded sizes are multiples of it
 COCO = DetectionPreprocessing()
 IMAGENET = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = Preprocessing(32, 0, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))

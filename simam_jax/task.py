@@ -46,7 +46,7 @@ class Task:
             the network again) and what else is needed to use the network, such as class names and preprocessing.
         title: a few words for the first line of a run.
         num_train, num_eval: images in the two sets.
-        best: the score (a key of the evaluator's scores) by which checkpoints are compared; higher is better.
+        best: the score (a key of the evaluator's scores) by which checkpoints are compared, such as "top1"; higher is better.
         example: for each shape of batch one row of a training batch, by name, as shapes without the first axis.
         shapes: shapes and dtypes of the variables, `{"params": ..., "batch_stats": ...}`.
         init: from a key to the variables before the first update.
@@ -58,7 +58,7 @@ class Task:
             or they are fixed) and other sums to report.
         measure: from (variables, batch) to arrays with a row an image, for one device's part of an evaluation batch.
         evaluator: makes an `Evaluator` for one pass.
-        accepts: raises `UserError` where a checkpoint with such meta data must not be scored or continued, beyond another
+        check_meta: raises `UserError` where a checkpoint with such meta data must not be scored or continued, beyond another
             `model`, which is always refused.
         describe: from scores, or means of the sums of `loss`, to one line for people.
         costs: rows for `--mode check`, name -> text: what the network is and what it costs.
@@ -84,7 +84,7 @@ class Task:
     measure: Callable[[Tree, Batch], Tree]
     evaluator: Callable[[], Evaluator]
     describe: Callable[[Scores], str]
-    accepts: Callable[[Mapping[str, Any]], None] = lambda _meta: None
+    check_meta: Callable[[Mapping[str, Any]], None] = lambda _meta: None
     costs: Callable[[], Mapping[str, str]] = dict
     trainable: Callable[[Path], bool] = lambda _path: True
     batch_statistics: bool = True

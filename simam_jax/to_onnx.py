@@ -154,10 +154,10 @@ def _dot(graph: _Graph, equation: core.JaxprEqn, x: Value, y: Value) -> Value:
 
 
 def _convolution(graph: _Graph, equation: core.JaxprEqn, x: Value, kernel: Value) -> Value:
-    how = equation.params
-    layout = how["dimension_numbers"]
+    parameters = equation.params
+    layout = parameters["dimension_numbers"]
     _check(equation, tuple(layout) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)))
-    _check(equation, set(how["lhs_dilation"] + how["rhs_dilation"]) == {1})
+    _check(equation, set(parameters["lhs_dilation"] + parameters["rhs_dilation"]) == {1})
     if isinstance(kernel, str):
         raise UserError("ONNX's convolutions are written for constant kernels only.")
     return _as_nchw(
@@ -165,17 +165,17 @@ def _convolution(graph: _Graph, equation: core.JaxprEqn, x: Value, kernel: Value
         "Conv",
         x,
         kernel.transpose(3, 2, 0, 1),
-        strides=how["window_strides"],
-        pads=_pads(how["padding"]),
-        group=how["feature_group_count"],
+        strides=parameters["window_strides"],
+        pads=_pads(parameters["padding"]),
+        group=parameters["feature_group_count"],
     )
 
 
 def _pool(operation: str, **attributes) -> Rule:
     def rule(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
-        how = equation.params
-        window, strides, padding = how["window_dimensions"], how["window_strides"], how["padding"]
-        _check(equation, set(how["base_dilation"] + how["window_dilation"]) == {1})
+        parameters = equation.params
+        window, strides, padding = parameters["window_dimensions"], parameters["window_strides"], parameters["padding"]
+        _check(equation, set(parameters["base_dilation"] + parameters["window_dilation"]) == {1})
         _check(equation, {window[0], window[3], strides[0], strides[3], *padding[0], *padding[3]} <= {0, 1})
         pooled = _as_nchw(
             graph,
@@ -205,18 +205,18 @@ def _pads(padding: Sequence[tuple[int, int]]) -> list[int]:
 
 def _gather(graph: _Graph, equation: core.JaxprEqn, x: Value, indices: Value) -> Value:
     """The two forms that occur: a slice x[..., :1, :], and `jnp.take_along_axis`."""
-    how, (source, places) = equation.params["dimension_numbers"], map(_type, equation.invars)
-    batching = how.operand_batching_dims
+    parameters, (source, places) = equation.params["dimension_numbers"], map(_type, equation.invars)
+    batching = parameters.operand_batching_dims
     if isinstance(indices, np.ndarray):
         _check(equation, indices.ndim == 1 and not batching)
-        axes = np.array(how.start_index_map)
+        axes = np.array(parameters.start_index_map)
         ends = indices + np.array([equation.params["slice_sizes"][axis] for axis in axes])
         taken = graph.add("Slice", x, indices.astype(int), ends.astype(int), axes)
-        collapsed = np.array(how.collapsed_slice_dims, int)
+        collapsed = np.array(parameters.collapsed_slice_dims, int)
         return graph.add("Squeeze", taken, collapsed) if collapsed.size else taken
-    (axis,) = how.collapsed_slice_dims
+    (axis,) = parameters.collapsed_slice_dims
     others = tuple(i for i in range(source.ndim) if i != axis)
-    _check(equation, batching == how.start_indices_batching_dims == others and places.ndim == source.ndim + 1)
+    _check(equation, batching == parameters.start_indices_batching_dims == others and places.ndim == source.ndim + 1)
     return graph.add("GatherElements", x, graph.add("Squeeze", indices, np.array([source.ndim])), axis=axis)
 
 

@@ -21,8 +21,9 @@ from simam_jax.command_line import (
     skip,
     with_progress,
 )
-from simam_jax.detection.apply import own_extent, padded, prepared
+from simam_jax.detection.apply import padded, prepared
 from simam_jax.models import MODELS
+from simam_jax.models.detector import own_extent
 from simam_jax.paths import local
 from simam_jax.preprocessing import Resized
 from simam_jax.progress import Progress
@@ -96,9 +97,10 @@ def _weights_in_classifier(predictor: "ClassifierPredictor", image: np.ndarray, 
 
 def _weights_in_detector(predictor: "DetectorPredictor", image: Resized, layer: str | None) -> Maps:
     """The weights within the image. Of large images all channels take gigabytes: where no layer's are asked for, their mean."""
-    how = predictor.preprocessing
-    pixels, sizes, _ = padded([image], how.bucket(*image.pixels.shape[:2]), 1)
-    images, extent = prepared(pixels, sizes, how.mean, how.std, predictor.model.dtype), own_extent(sizes)
+    preprocessing = predictor.preprocessing
+    pixels, sizes, _ = padded([image], preprocessing.bucket(*image.pixels.shape[:2]), 1)
+    images = prepared(pixels, sizes, preprocessing.mean, preprocessing.std, predictor.model.dtype)
+    extent = own_extent(sizes)
     weights = explain.attention_weights(predictor.model, predictor.variables, images, extent, method="pyramid")
     maps = {}
     for full_name, w in weights.items():

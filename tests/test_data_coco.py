@@ -14,8 +14,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from simam_jax import UserError
-from simam_jax.data import coco, coco_index
-from simam_jax.data.objects import open_examples
+from simam_jax.data import coco_index, coco_masks
+from simam_jax.data.detection_sources import open_examples
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 POLYGON = [[2.0, 3.0, 20.0, 4.0, 15.0, 25.5]]
@@ -124,7 +124,7 @@ def test_small_and_empty_images_are_left_out_of_training_alone(written):
 def test_masks_are_pycocotools(segmentation):
     wanted = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(POLYGON, 30, 40)))
     wanted = wanted if segmentation is POLYGON else BITMAP
-    np.testing.assert_array_equal(coco.mask_of(segmentation, 30, 40), wanted.astype(bool))
+    np.testing.assert_array_equal(coco_masks.mask_of(segmentation, 30, 40), wanted.astype(bool))
 
 
 def test_compressed_run_lengths_of_any_mask_are_accepted_and_none_that_is_cut_short():
@@ -132,10 +132,12 @@ def test_compressed_run_lengths_of_any_mask_are_accepted_and_none_that_is_cut_sh
     for height, width, share in ((1, 1, 0.5), (30, 40, 0.0), (30, 40, 1.0), (200, 300, 0.5), (700, 900, 0.001)):
         bitmap = rng.uniform(size=(height, width)) < share
         counts = mask_utils.encode(np.asfortranarray(bitmap, np.uint8))["counts"]
-        np.testing.assert_array_equal(coco.mask_of({"size": [height, width], "counts": counts}, height, width), bitmap)
+        np.testing.assert_array_equal(
+            coco_masks.mask_of({"size": [height, width], "counts": counts}, height, width), bitmap
+        )
         for length in range(min(len(counts), 50)):
             with pytest.raises(UserError, match=r"cut short|do not add up"):
-                coco.mask_of({"size": [height, width], "counts": counts[:length].decode()}, height, width)
+                coco_masks.mask_of({"size": [height, width], "counts": counts[:length].decode()}, height, width)
 
 
 WRONG = {
@@ -201,7 +203,7 @@ def test_a_wrong_mask_is_an_error_of_its_image(segmentation, message, written):
 
 def test_a_polygon_that_is_no_number_is_an_error():
     with pytest.raises(UserError, match="or is not finite"):
-        coco.mask_of([[float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0]], 40, 50)
+        coco_masks.mask_of([[float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0]], 40, 50)
 
 
 def test_what_may_be_missing_is_filled_in_and_a_byte_order_mark_is_passed_over(written):
@@ -271,5 +273,5 @@ def test_real_jsons_are_read_as_pycocotools_reads_them(file):
         if wanted.get("segmentation"):
             height, width = index.sizes[image_of[place]].tolist()
             np.testing.assert_array_equal(
-                coco.mask_of(index.segmentation(place), height, width), theirs.annToMask(wanted).astype(bool)
+                coco_masks.mask_of(index.segmentation(place), height, width), theirs.annToMask(wanted).astype(bool)
             )

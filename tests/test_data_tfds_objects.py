@@ -11,7 +11,7 @@ from PIL import Image
 
 import simam_jax
 from simam_jax import UserError
-from simam_jax.data.objects import open_examples
+from simam_jax.data.detection_sources import open_examples
 
 SIZES = [(40, 50), (64, 32), (20, 100)]
 # In pixels: x y width height; the label, whether it is a crowd.

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from simam_jax import UserError
-from simam_jax.data.objects import Example
+from simam_jax.data.detection_sources import Example
 from simam_jax.detection.rows import Layout, View, eval_row, pixels_of, train_row
 from simam_jax.ops.bilinear import resize_bilinear
 from simam_jax.preprocessing import DetectionPreprocessing

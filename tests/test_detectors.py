@@ -66,7 +66,7 @@ def test_double_precision_ends_at_the_pyramid():
         assert {level.dtype for level in jax.eval_shape(partial(model.apply, method="pyramid"), shapes, x)} == {x.dtype}
         found = jax.eval_shape(model.apply, shapes, x)
         key = jax.random.split(jax.random.key(0), 1)
-        of_training = jax.eval_shape(lambda v: losses(model, v, x, targets(1), key), shapes)
+        of_training = jax.eval_shape(lambda v: losses(model, v, x, targets(1), key)[0], shapes)
     assert {array.dtype.name for array in found} == {"float32", "int32"}
     assert {of_images.dtype.name for of_images, _ in map(of_training.get, LOSSES)} == {"float32"}
 
@@ -172,7 +172,7 @@ def test_losses_can_be_taken_inside_shard_map(mesh_of):
 
     def of_device(params, *batch):
         local = jax.lax.pcast(params, "data", to="varying")
-        gradients = jax.grad(lambda p: total(losses(model, variables_of(p), *batch)))(local)
+        gradients = jax.grad(lambda p: total(losses(model, variables_of(p), *batch)[0]))(local)
         return jax.lax.pmean(gradients, "data")
 
     def variables_of(params):
@@ -208,7 +208,7 @@ def targets(count: int, room: int = 3) -> Targets:
 def gradient_of():
     def make(model):
         def loss(params, variables, x, truth, keys, extent):
-            found = losses(model, {**variables, "params": params}, x, truth, keys, extent=extent)
+            found, _ = losses(model, {**variables, "params": params}, x, truth, keys, extent=extent)
             return total(found), found
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -267,7 +267,7 @@ def test_programs_for_other_platforms_call_nothing_outside_of_them(platform):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
 
     def loss(params, variables, x, truth, keys, extent):
-        return total(losses(model, {**variables, "params": params}, x, truth, keys, extent=extent))
+        return total(losses(model, {**variables, "params": params}, x, truth, keys, extent=extent)[0])
 
     with lowering_for({"cuda": "gpu"}.get(platform, platform)):
         programs = [

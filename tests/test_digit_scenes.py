@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from simam_jax.data import digit_scenes, digits
-from simam_jax.data.objects import open_examples
+from simam_jax.data.detection_sources import open_examples
 
 
 def opened(folder, split):

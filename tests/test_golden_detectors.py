@@ -174,7 +174,7 @@ def test_losses(name):
     args, options = training_case(name)
     model, variables = model_of(name)
 
-    found = jax.jit(lambda *args: losses(model, *args, **options))(variables, *args)
+    found = jax.jit(lambda *args: losses(model, *args, **options)[0])(variables, *args)
 
     assert total(found) == pytest.approx(float(golden["total"]), abs=2e-6)
     for part in LOSSES[: 5 if model.masks else 4]:
@@ -206,7 +206,7 @@ def test_gradients_and_an_update(name):
     variables = jax.tree.map(lambda x: x.astype(np.float64), variables)
 
     def loss(params):
-        return total(losses(model, {**variables, "params": params}, images.astype(np.float64), *args, **options))
+        return total(losses(model, {**variables, "params": params}, images.astype(np.float64), *args, **options)[0])
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
 

@@ -18,12 +18,12 @@ def mix(
     Each pair draws one weight, and, with both alphas on, one of the two methods with equal chance.
 
     Args:
-      key: of this step, the same on all devices.
-      index: int (N,), the rows' positions in the global batch; a pair's draws depend on `key` and its position alone.
-      images: floating (N, H, W, C), N even.
-      targets: floating (N, classes), probabilities.
-      mixup_alpha: the weight is drawn from Beta(alpha, alpha); 0 turns mixup off.
-      cutmix_alpha: the same for the area that stays in CutMix.
+        key: of this step, the same on all devices.
+        index: int (N,), the rows' positions in the global batch; a pair's draws depend on `key` and its position alone.
+        images: floating (N, H, W, C), N even.
+        targets: floating (N, classes), probabilities.
+        mixup_alpha: the weight is drawn from Beta(alpha, alpha); 0 turns mixup off.
+        cutmix_alpha: the same for the area that stays in CutMix.
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets

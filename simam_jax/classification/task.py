@@ -72,7 +72,7 @@ def make_task(config: ConfigDict) -> Task:
         measure=partial(measure, model, config),
         evaluator=MeanEvaluator,
         describe=describe,
-        accepts=lambda meta: weights.check_class_names(meta, spec, "the checkpoint", config.data.match_classes),
+        check_meta=lambda meta: weights.check_class_names(meta, spec, "the checkpoint", config.data.match_classes),
         costs=partial(_costs, model, config),
         pictures=_pictures(model, config, evaluation),
     )
@@ -101,14 +101,14 @@ def loss(
     Returns:
         The loss, and the new batch statistics with the sums `top1` and `top5`, of labels before mixing.
     """
-    how, labels = config.classification, batch["label"]
+    settings, labels = config.classification, batch["label"]
     mix_key, dropout_key = jax.random.split(key)
     images = normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), how.label_smoothing)
-    if how.mixup_alpha or how.cutmix_alpha:
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), settings.label_smoothing)
+    if settings.mixup_alpha or settings.cutmix_alpha:
         index = jax.lax.axis_index(AXIS) * labels.shape[0] + jnp.arange(labels.shape[0])
         images, targets = mixing.mix(
-            mix_key, index, images, targets, mixup_alpha=how.mixup_alpha, cutmix_alpha=how.cutmix_alpha
+            mix_key, index, images, targets, mixup_alpha=settings.mixup_alpha, cutmix_alpha=settings.cutmix_alpha
         )
     logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
     hits = metrics.hits(logits, labels)

@@ -1,6 +1,7 @@
-"""Images in, batches out: the only part of simam_jax that imports TensorFlow, and only once batches are asked for.
+"""Batches of classifiers' records, read by TensorFlow, which is imported once they are asked for.
 
-Every source keeps the same promises. The stream of training batches is a pure function of (seed, step): position
+Detectors' batches are made in `detection.pipeline`, in the order of `data.buckets`. Every source of records keeps the same
+promises. The stream of training batches is a pure function of (seed, step): position
 p = step * batch_size + i holds example `permutation(seed, epoch)[p % num_train]` of epoch p // num_train, and its
 augmentation is keyed by (seed, epoch, example). Neither thread counts, nor timing, nor restarts matter, and a
 stream that starts at step s never decodes what came before. Evaluation gives every example once, padding is masked.
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from simam_jax.data.records import Records, open_records
+from simam_jax.data.classification_sources import Records, open_records
 from simam_jax.errors import UserError
 
 __all__ = ["Batch", "Records", "eval_batches", "host_share", "open_records", "train_batches"]

@@ -20,8 +20,8 @@ def random_erasing(image: tf.Tensor, uniform: tf.Tensor, *, probability: float, 
     fits is taken.
 
     Args:
-      uniform: (ERASING_UNIFORMS,).
-      fill: the colour, per channel in 0..1; the data set's mean is 0 once normalised.
+        uniform: (ERASING_UNIFORMS,).
+        fill: the colour, per channel in 0..1; the data set's mean is 0 once normalised.
     """
     height, width = _size(image)
     area, ratio, top, left = tf.unstack(tf.reshape(uniform[1:], (4, ERASING_TRIES)))
@@ -43,8 +43,8 @@ def rand_augment(image: tf.Tensor, uniform: tf.Tensor, *, layers: int, magnitude
     """Applies `layers` operations drawn from fourteen (Cubuk et al. 2020), with torchvision's strengths.
 
     Args:
-      uniform: (2 * layers,).
-      magnitude: 0..30, how strong every operation is.
+        uniform: (2 * layers,).
+        magnitude: 0..30, how strong every operation is.
     """
     level = magnitude / MAX_MAGNITUDE
     for layer in range(layers):

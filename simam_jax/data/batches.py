@@ -1,4 +1,4 @@
-"""Batches of records: read and decoded in tf.data's threads, in order; what cannot be read is replaced or an error."""
+"""Batches of classifiers' records: read and decoded in tf.data's threads, in order; what cannot be read is replaced or an error."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from simam_jax.data import Batch, host_share, order
-from simam_jax.data.records import Records
+from simam_jax.data.classification_sources import Records
 from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.data.unreadable import Unreadable
 

@@ -1,4 +1,4 @@
-"""The order of images of several shapes: batches of one shape each, a function of seed, update, batch and shapes."""
+"""The order of detectors' images, of several shapes: batches of one shape each, a function of seed, update, batch and shapes."""
 
 import itertools
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 Shape = tuple[int, int]  # height and width in pixels
 
 
-class Place(NamedTuple):
+class Draw(NamedTuple):
     """The example that a row shows, and the epoch it was drawn in; with the seed these decide its augmentation."""
 
     epoch: int
@@ -52,26 +52,26 @@ def permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(num_examples)
 
 
-def training_order(shapes: Sequence[Shape], batch_size: int, seed: int) -> Iterator[list[Place]]:
-    """Without end, the places of each batch.
+def training_order(shapes: Sequence[Shape], batch_size: int, seed: int) -> Iterator[list[Draw]]:
+    """Without end, the draws of each batch.
 
     Every epoch queues every image once, in the order of its `permutation`. A batch is given as soon as `batch_size` images
     of one shape wait; images still waiting when an epoch ends are shown in the next.
     """
-    waiting: dict[Shape, list[Place]] = {}
+    waiting: dict[Shape, list[Draw]] = {}
     for epoch in itertools.count():
         for index in permutation(len(shapes), seed, epoch).tolist():
             queue = waiting.setdefault(shapes[index], [])
-            queue.append(Place(epoch, index))
+            queue.append(Draw(epoch, index))
             if len(queue) == batch_size:
                 yield waiting.pop(shapes[index])
 
 
-def evaluation_order(shapes: Sequence[Shape], batch_size: int) -> Iterator[tuple[list[Place], int]]:
-    """The places of each batch of one pass, and how many are real: the last batch of a shape repeats an image to be full."""
-    members: dict[Shape, list[Place]] = {}
+def evaluation_order(shapes: Sequence[Shape], batch_size: int) -> Iterator[tuple[list[Draw], int]]:
+    """The draws of each batch of one pass, and how many are real: the last batch of a shape repeats an image to be full."""
+    members: dict[Shape, list[Draw]] = {}
     for index, shape in enumerate(shapes):
-        members.setdefault(shape, []).append(Place(0, index))
+        members.setdefault(shape, []).append(Draw(0, index))
     for shape in sorted(members):
         for first in range(0, len(members[shape]), batch_size):
             rows = members[shape][first : first + batch_size]

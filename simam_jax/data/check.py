@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simam_jax import errors
-from simam_jax.data import coco
+from simam_jax.data import coco, coco_masks
 from simam_jax.data.coco_index import Index, read_index
 from simam_jax.data.self_score import score
 from simam_jax.paths import local
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if report.faults else 0
 
 
-def check(index: Index, folder: Path, how: DetectionPreprocessing) -> Report:
+def check(index: Index, folder: Path, preprocessing: DetectionPreprocessing) -> Report:
     """Everything that can be said of the data before training."""
     report, image_of = Report(), index.image_of()
-    seen, per_image = coco.chosen(index), np.diff(index.first)
+    seen, per_image = coco.select_for_training(index), np.diff(index.first)
     counts = Counter(index.labels[~index.crowd].tolist())
     report.say("images", f"{len(index.files)}, {int((per_image == 0).sum())} without annotations")
     if len(index.sizes):
@@ -87,7 +87,7 @@ def check(index: Index, folder: Path, how: DetectionPreprocessing) -> Report:
         report.count(
             "images", "images to learn from are missing", ["none has an annotation of a listed category"], stops=True
         )
-    shapes = Counter(how.bucket(*how.resized(*size)) for size in index.sizes[seen.images].tolist())
+    shapes = Counter(preprocessing.bucket(*preprocessing.resized(*size)) for size in index.sizes[seen.images].tolist())
     for (height, width), count in sorted(shapes.items()):
         report.say("  bucket", f"{count:8} images are padded to {height} x {width}")
 
@@ -95,7 +95,7 @@ def check(index: Index, folder: Path, how: DetectionPreprocessing) -> Report:
     _check_masks(report, index, image_of)
     _check_files(report, index, folder)
     if seen.annotations.any():
-        best = anchor_overlap(index, seen.annotations, image_of, how)
+        best = anchor_overlap(index, seen.annotations, image_of, preprocessing)
         half, most = (100 * (best >= least).mean() for least in (0.5, 0.7))
         report.say(
             "anchors",
@@ -126,7 +126,7 @@ def _check_masks(report: Report, index: Index, image_of: np.ndarray) -> None:
     for a in _progress("masks", np.flatnonzero(lengths).tolist()):
         number, (height, width) = int(index.annotation_ids[a]), index.sizes[image_of[a]].tolist()
         try:
-            mask = coco.mask_of(index.segmentation(a), height, width)
+            mask = coco_masks.mask_of(index.segmentation(a), height, width)
         except errors.UserError as error:
             unreadable.append(f"{number} ({str(error).rstrip('.')})")
             continue
@@ -177,13 +177,15 @@ def _check_files(report: Report, index: Index, folder: Path) -> None:
     report.count("files", "are of another size than the json says", other, stops=True)
 
 
-def anchor_overlap(index: Index, which: np.ndarray, image_of: np.ndarray, how: DetectionPreprocessing) -> np.ndarray:
+def anchor_overlap(
+    index: Index, which: np.ndarray, image_of: np.ndarray, preprocessing: DetectionPreprocessing
+) -> np.ndarray:
     """(objects,) the largest IoU of any anchor with each object's box, cut to its image as for training, when resized.
 
     Of all anchors of a shape the one whose centre is nearest overlaps a box the most.
     """
     sizes = index.sizes[image_of[which]]
-    resized = np.array([how.resized(*size) for size in sizes.tolist()])
+    resized = np.array([preprocessing.resized(*size) for size in sizes.tolist()])
     scale = (resized / sizes)[:, ::-1]
     x1y1, x2y2 = index.boxes[which, :2], index.boxes[which, :2] + index.boxes[which, 2:]
     corner, end = (points.clip(0, sizes[:, ::-1]) * scale for points in (x1y1, x2y2))

@@ -1,8 +1,11 @@
-"""Examples of COCO's form: a json, a folder of images, any categories; what training sees is the reference implementation's."""
+"""Examples of COCO's form: the index of a json, a folder of images, any categories.
+
+What training sees is what the reference implementation sees. `coco_index` reads the json, `coco_masks` the masks.
+"""
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from simam_jax.data.coco_index import Index, read_index
-from simam_jax.data.objects import Example, Examples
-from simam_jax.errors import UserError, naming_extras
+from simam_jax.data.coco_masks import mask_of, rle_of
+from simam_jax.data.detection_sources import Example, Examples
+from simam_jax.errors import UserError
 from simam_jax.paths import local
 from simam_jax.preprocessing import ImageLike
 
@@ -21,11 +25,11 @@ LEAST_SIDE = 32  # pixels: smaller images are left out of training
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """What training sees.
 
     Attributes:
-        images: places of images.
+        images: (n,) indices of images.
         annotations: (a,) bool.
         left_out: what is not seen, counted: by reason.
     """
@@ -35,7 +39,7 @@ class Chosen:
     left_out: dict[str, int]
 
 
-def chosen(index: Index) -> Chosen:
+def select_for_training(index: Index) -> Selection:
     """The images and annotations that training sees: an image with nothing but crowds stays, without objects."""
     x, y, width, height = index.boxes.T
     image_of = index.image_of()
@@ -48,15 +52,17 @@ def chosen(index: Index) -> Chosen:
         "without an area": (index.areas <= 0) | (width < 1) | (height < 1),
         "outside the image": ~inside,
     }
-    left, out = np.ones(len(index.boxes), bool), {}
+    kept, left_out = np.ones(len(index.boxes), bool), {}
     for reason, which in reasons.items():
-        out[f"annotations {reason}"] = int((left & which).sum())
-        left &= ~which
+        left_out[f"annotations {reason}"] = int((kept & which).sum())
+        kept &= ~which
     small = index.sizes.min(1) < LEAST_SIDE if len(index.sizes) else np.zeros(0, bool)
     known = np.bincount(image_of[index.labels >= 0], minlength=len(index.sizes)) > 0
-    out[f"images below {LEAST_SIDE} pixels"] = int(small.sum())
-    out["images without annotations"] = int((~small & ~known).sum())
-    return Chosen(np.flatnonzero(known & ~small), left, {reason: count for reason, count in out.items() if count})
+    left_out[f"images below {LEAST_SIDE} pixels"] = int(small.sum())
+    left_out["images without annotations"] = int((~small & ~known).sum())
+    return Selection(
+        np.flatnonzero(known & ~small), kept, {reason: count for reason, count in left_out.items() if count}
+    )
 
 
 def looks_like_corners(index: Index) -> bool:
@@ -74,7 +80,7 @@ def open_coco(config: ConfigDict, split: str, *, masks: bool) -> Examples:
     Raises:
         UserError: what `read_index` says, images that are not there, or, for masks, objects without any.
     """
-    annotations, folder = places_of(config, split)
+    annotations, folder = coco_paths(config, split)
     index = read_index(annotations)
     absent = missing_files(index, folder)
     if absent:
@@ -115,14 +121,14 @@ def examples_of(
         UserError: for masks, objects without any.
     """
     if split == "train":
-        seen = chosen(index)
+        seen = select_for_training(index)
         if looks_like_corners(index):
             logger.warning("%s: the boxes look like x y x y, where COCO has x y width height.", source)
         if seen.left_out:
             parts = ", ".join(f"{count} {reason}" for reason, count in seen.left_out.items())
             logger.warning("%s: left out of training: %s.", source, parts)
     else:
-        seen = Chosen(np.arange(len(index.image_ids)), index.labels >= 0, {})
+        seen = Selection(np.arange(len(index.image_ids)), index.labels >= 0, {})
     own = [np.flatnonzero(seen.annotations[a:b]) + a for a, b in zip(index.first[:-1], index.first[1:], strict=True)]
     without = np.flatnonzero(
         seen.annotations & (np.diff(index.segmentation_ends) == 0) & np.isin(index.image_of(), seen.images)
@@ -157,7 +163,7 @@ def examples_of(
     )
 
 
-def places_of(config: ConfigDict, split: str) -> tuple[Path, Path]:
+def coco_paths(config: ConfigDict, split: str) -> tuple[Path, Path]:
     """The json and the folder of images of "train" or "eval": as named, or in COCO's own layout below data_dir.
 
     Raises:
@@ -222,68 +228,3 @@ def annotations_of(index: Index, *, masks: bool, which: np.ndarray | None = None
                 raise UserError(f"Annotation {index.annotation_ids[a]}: {error}") from error
         found.append(annotation)
     return found
-
-
-def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """(height, width) bool, from polygons, run lengths or compressed run lengths, as pycocotools reads them.
-
-    Raises:
-        UserError: it is none of these, or of another size.
-    """
-    with naming_extras():
-        from pycocotools import mask
-
-    return mask.decode(rle_of(segmentation, height, width)).astype(bool)
-
-
-def rle_of(segmentation: Any, height: int, width: int) -> Any:
-    """Pycocotools' compressed run lengths of a mask in any of COCO's forms; what would lead it beyond its memory is refused.
-
-    Raises:
-        UserError: as of `mask_of`.
-    """
-    with naming_extras():
-        from pycocotools import mask
-
-    try:
-        if isinstance(segmentation, list):
-            # Coordinates far away make pycocotools write beyond its memory.
-            if not all(abs(x) <= 10 * max(height, width) for polygon in segmentation for x in polygon):
-                raise UserError(f"A polygon leaves its image of {width} x {height} pixels by far, or is not finite.")
-            return mask.merge(mask.frPyObjects(segmentation, height, width))
-        if not isinstance(segmentation, Mapping):
-            raise UserError(f"A segmentation is {type(segmentation).__name__}, neither polygons nor run lengths.")
-        if list(segmentation["size"]) != [height, width]:
-            raise UserError(f"A mask is of {segmentation['size']}, and its image of [{height}, {width}] pixels.")
-        counts = segmentation["counts"]
-        runs = counts if isinstance(counts, list) else _run_lengths(counts)
-        if min(runs, default=-1) < 0 or sum(runs) != height * width:
-            raise UserError(f"The run lengths of a mask do not add up to its {height * width} pixels.")
-        plain: Any = segmentation
-        return mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
-    except UserError:
-        raise
-    except Exception as error:  # pycocotools raises anything
-        text = str(error).rstrip(".") or type(error).__name__
-        raise UserError(f"A segmentation cannot be read: {text}.") from error
-
-
-def _run_lengths(counts: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed text.
-
-    A character has five bits of a number, the lowest first, and a sixth that says that more follow; the last bit is the sign.
-    From the fourth on, a number is the difference to the one before the last.
-    """
-    digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
-    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
-        raise UserError("The compressed run lengths of a mask are cut short, or are none.")
-    last = np.flatnonzero(~digits & 32)
-    first = np.concatenate(([0], last[:-1] + 1))
-    lengths = last - first + 1
-    if lengths.max() > 7:
-        raise UserError("The compressed run lengths of a mask have a number of more than 32 bits.")
-    places = 5 * (np.arange(len(digits)) - np.repeat(first, lengths))
-    runs = np.add.reduceat((digits & 31) << places, first) - ((digits[last] >> 4 & 1) << 5 * lengths)
-    for start in (1, 2):
-        runs[start::2] = runs[start::2].cumsum()
-    return runs.tolist()

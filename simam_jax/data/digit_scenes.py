@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from simam_jax.data import digits
-from simam_jax.data.objects import Example, Examples
+from simam_jax.data.detection_sources import Example, Examples
 from simam_jax.data.tfds import prepared
 
 SIZE = 128  # pixels, height and width of a scene

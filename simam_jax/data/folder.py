@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from simam_jax import errors
 from simam_jax.data import cache
-from simam_jax.data.records import Records
+from simam_jax.data.classification_sources import Records
 from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.errors import UserError
 from simam_jax.paths import local

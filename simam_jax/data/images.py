@@ -58,8 +58,8 @@ def random_resized_crop(
     the first that fits is taken; if none does, the largest centred crop with a ratio within the bounds.
 
     Args:
-      uniform: (CROP_UNIFORMS,).
-      antialias: filter as PIL does when it makes an image smaller. Without, shrinking aliases a little.
+        uniform: (CROP_UNIFORMS,).
+        antialias: filter as PIL does when it makes an image smaller. Without, shrinking aliases a little.
     """
 
     def choose_box(height: tf.Tensor, width: tf.Tensor) -> Box:

@@ -1,6 +1,6 @@
-"""Batches of examples that Python reads: by several threads, in order; what cannot be read is replaced or an error.
+"""Batches of detectors' examples, which Python reads: by several threads, in order; what cannot be read is replaced or an error.
 
-Decoding and resizing release the interpreter's lock. `batches` does the same for records that TensorFlow reads.
+Decoding and resizing release the interpreter's lock. `data.batches` does the same for classifiers' records.
 """
 
 import collections
@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from simam_jax.data.buckets import Place
+from simam_jax.data.buckets import Draw
 from simam_jax.data.unreadable import Unreadable
 from simam_jax.errors import UserError
 
@@ -19,12 +19,12 @@ Row = dict[str, np.ndarray]
 
 
 def batches(
-    places: Iterator[Sequence[Place]], read: Callable[[Place], Row], *, ahead: int, threads: int | None = None
+    draws: Iterator[Sequence[Draw]], read: Callable[[Draw], Row], *, ahead: int, threads: int | None = None
 ) -> Iterator[Row]:
-    """For each of `places` what `read` makes of its rows, stacked; in order.
+    """For each of `draws` what `read` makes of its rows, stacked; in order.
 
     Args:
-        places: of each batch its rows.
+        draws: of each batch its rows.
         read: pure, called by several threads at once.
         ahead: batches that are read while one is used.
         threads: None: one for each CPU.
@@ -33,7 +33,7 @@ def batches(
     pending: collections.deque[list[Future[Row]]] = collections.deque()
 
     def send(count: int) -> None:
-        pending.extend([pool.submit(read, place) for place in batch] for batch in itertools.islice(places, count))
+        pending.extend([pool.submit(read, draw) for draw in batch] for batch in itertools.islice(draws, count))
 
     try:
         send(ahead + 1)
@@ -46,24 +46,24 @@ def batches(
 
 
 def mending(
-    read: Callable[[Place], Row], following: Callable[[int], int], unreadable: Unreadable
-) -> Callable[[Place], Row]:
-    """A `read` that puts the next readable example of the same shape in the place of one that cannot be read.
+    read: Callable[[Draw], Row], following: Callable[[int], int], unreadable: Unreadable
+) -> Callable[[Draw], Row]:
+    """A `read` that shows the next readable example of the same shape instead of one that cannot be read.
 
-    So a stream stays a function of the files and the place.
+    So a stream stays a function of the files and the draws.
 
     Args:
         read: raises `UserError` for an example that cannot be read.
-        following: the example that takes the place of another.
+        following: the example that is shown instead of another.
         unreadable: is told of each, and raises when they are too many.
     """
 
-    def mended(place: Place) -> Row:
+    def mended(draw: Draw) -> Row:
         while True:
             try:
-                return read(place)
+                return read(draw)
             except UserError as error:
-                unreadable.report(place.index, error)
-                place = place._replace(index=following(place.index))
+                unreadable.report(draw.index, error)
+                draw = draw._replace(index=following(draw.index))
 
     return mended

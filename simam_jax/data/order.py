@@ -1,4 +1,4 @@
-"""The order of examples: a function of seed, epoch and position, so that resuming is starting a range later."""
+"""The order of classifiers' records: a function of seed, epoch and position, so that resuming is starting a range later."""
 
 import numpy as np
 

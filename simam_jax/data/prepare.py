@@ -21,11 +21,11 @@ def prepare(name: str, *, data_dir: str = "", tars: str = "") -> str:
     """Prepares the TFDS data set `name` (with or without a version), or "digits"; where it lies is returned.
 
     Args:
-      data_dir: where prepared data lie; "": TFDS's own default.
-      tars: imagenet2012: the folder with the two tar files; "": `data_dir`/downloads/manual.
+        data_dir: where prepared data lie; "": TFDS's own default.
+        tars: imagenet2012: the folder with the two tar files; "": `data_dir`/downloads/manual.
 
     Raises:
-      UserError: an unknown name, missing tar files.
+        UserError: an unknown name, missing tar files.
     """
     import tensorflow_datasets as tfds
 

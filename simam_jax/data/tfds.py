@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from simam_jax import errors
-from simam_jax.data.records import Records
+from simam_jax.data.classification_sources import Records
 from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.data.tfrecord import record_offsets, record_reader
 from simam_jax.errors import UserError

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from simam_jax.data import cache, tfds
 from simam_jax.data.coco import examples_of
 from simam_jax.data.coco_index import Index
-from simam_jax.data.objects import Examples
+from simam_jax.data.detection_sources import Examples
 from simam_jax.data.tensorflow_cpu import tf
 from simam_jax.errors import UserError
 from simam_jax.preprocessing import naming_the_reason

@@ -13,10 +13,11 @@ class Unreadable:
     """The unreadable examples of a stream, counted; several threads may report them."""
 
     def __init__(self, name: Callable[[int], str], num_examples: int, max_unreadable: float | None):
-        """Args:
-        name: what a message calls an example.
-        num_examples: of the stream.
-        max_unreadable: fraction of them that may be replaced; None: every one must be readable.
+        """
+        Args:
+            name: what a message calls an example.
+            num_examples: of the stream.
+            max_unreadable: fraction of them that may be replaced; None: every one must be readable.
         """
         self._name, self._num_examples, self._max_unreadable = name, num_examples, max_unreadable
         self._seen: set[int] = set()

@@ -9,30 +9,36 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from simam_jax.models import Detector
+from simam_jax.models.detector import own_extent
 from simam_jax.ops.extent import zero_beyond
 from simam_jax.ops.images import normalize
-from simam_jax.preprocessing import STRIDE, DetectionPreprocessing, Resized
+from simam_jax.preprocessing import SIZE_DIVISOR, DetectionPreprocessing, Resized
 
 
 def detections(
-    model: Detector, how: DetectionPreprocessing, variables: Any, pixels: jax.Array, sizes: jax.Array, scale: jax.Array
+    model: Detector,
+    preprocessing: DetectionPreprocessing,
+    variables: Any,
+    pixels: jax.Array,
+    sizes: jax.Array,
+    scale: jax.Array,
 ) -> Any:
     """What `model.apply` returns for padded images.
 
     Args:
-        model, how, variables: the detector.
+        model, preprocessing, variables: the detector.
         pixels: uint8 (N, H, W, 3).
         sizes: (N, 2) int32, height and width of each image without padding.
         scale: (N, 4) float32: see `models.detector.Detector`.
     """
-    images = prepared(pixels, sizes, how.mean, how.std, model.dtype)
+    images = prepared(pixels, sizes, preprocessing.mean, preprocessing.std, model.dtype)
     return model.apply(variables, images, own_extent(sizes), sizes, scale)
 
 
 def padded(images: Sequence[Resized], shape: tuple[int, int], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The pixels, sizes and scale of `count` images padded to `shape`, as `detections` takes them; the last ones are empty."""
     pixels = np.zeros((count, *shape, 3), np.uint8)
-    sizes, scale = np.full((count, 2), STRIDE, np.int32), np.ones((count, 4), np.float32)
+    sizes, scale = np.full((count, 2), SIZE_DIVISOR, np.int32), np.ones((count, 4), np.float32)
     for i, (image, original) in enumerate(images):
         sizes[i] = image.shape[:2]
         pixels[i, : image.shape[0], : image.shape[1]] = image
@@ -46,8 +52,3 @@ def prepared(
 ) -> jax.Array:
     """The images normalised, then zero beyond their sizes."""
     return zero_beyond(normalize(jnp.asarray(pixels), mean, std, jnp.dtype(dtype)), jnp.asarray(sizes))
-
-
-def own_extent(sizes: ArrayLike) -> jax.Array:
-    """(N, 2) int32: the sizes rounded up to `STRIDE`, what each image is padded to for itself alone."""
-    return -(-jnp.asarray(sizes) // STRIDE) * STRIDE

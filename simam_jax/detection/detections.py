@@ -86,7 +86,7 @@ class Detections:
         return [row for row in rows if row["category_id"] is not None]
 
     def chosen(self, score: float = 0.0, classes: Sequence[str] | None = None) -> "Detections":
-        """The objects whose score is at least `score`; None: of all classes.
+        """The objects of the named classes (None: of all) whose score is at least `score`.
 
         Raises:
             UserError: there is no such class.

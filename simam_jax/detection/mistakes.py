@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simam_jax.data.coco import mask_of
+from simam_jax.data.coco_masks import mask_of
 from simam_jax.detection.drawing import Drawn, class_colour
 from simam_jax.errors import naming_extras
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simam_jax.data.objects import Example
+from simam_jax.data.detection_sources import Example
 from simam_jax.errors import UserError
 from simam_jax.preprocessing import DetectionPreprocessing, read_upright
 
@@ -46,7 +46,7 @@ class View:
     corner: tuple[float, float] = (0.0, 0.0)
 
 
-def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, view: View) -> Row:
+def train_row(example: Example, preprocessing: DetectionPreprocessing, layout: Layout, view: View) -> Row:
     """The image and its objects.
 
     Returns:
@@ -59,7 +59,7 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
     """
     pixels = pixels_of(example)
     size = pixels.shape[:2]
-    resized = _scaled(how.resized(*size), view.scale)
+    resized = _scaled(preprocessing.resized(*size), view.scale)
     top, left = (round(share * max(n - m, 0)) for share, n, m in zip(view.corner, resized, layout.shape, strict=True))
     height, width = (min(n, m) for n, m in zip(resized, layout.shape, strict=True))
     image = np.zeros((*layout.shape, 3), np.uint8)
@@ -96,10 +96,10 @@ def train_row(example: Example, how: DetectionPreprocessing, layout: Layout, vie
     return row
 
 
-def eval_row(example: Example, how: DetectionPreprocessing, shape: tuple[int, int]) -> Row:
+def eval_row(example: Example, preprocessing: DetectionPreprocessing, shape: tuple[int, int]) -> Row:
     """The image: `image` and `image_size` as of `train_row`, and `original_size`, int32 (2,), as it was read."""
     pixels = pixels_of(example)
-    resized = how.resized(*pixels.shape[:2])
+    resized = preprocessing.resized(*pixels.shape[:2])
     image = np.zeros((*shape, 3), np.uint8)
     image[: resized[0], : resized[1]] = _resize(pixels, resized)
     return {

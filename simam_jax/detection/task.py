@@ -12,9 +12,9 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from simam_jax import models, weights
-from simam_jax.data import objects
+from simam_jax.data import detection_sources as sources
 from simam_jax.detection import pipeline
-from simam_jax.detection.apply import detections, own_extent, prepared
+from simam_jax.detection.apply import detections, prepared
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.drawing import SHOWN
 from simam_jax.detection.evaluation import CocoEvaluator, describe_scores, truth_of
@@ -23,8 +23,8 @@ from simam_jax.detection.rows import pixels_of
 from simam_jax.errors import UserError, naming_extras
 from simam_jax.models import Detector, variable_shapes
 from simam_jax.models.costs import summarize
-from simam_jax.models.detector import trainable
-from simam_jax.models.detector_losses import LOSSES, Targets, losses_and_statistics
+from simam_jax.models.detector import own_extent, trainable
+from simam_jax.models.detector_losses import LOSSES, Targets, losses, total
 from simam_jax.preprocessing import DetectionPreprocessing
 from simam_jax.task import AXIS, Batch, Scores, Sums, Task, Tree
 
@@ -42,16 +42,16 @@ def make_task(config: ConfigDict) -> Task:
         import cv2  # noqa: F401
         import pycocotools  # noqa: F401
     model = _model(config)
-    evaluation = objects.open_examples(config.data, "eval", masks=model.masks)
-    if objects.is_named(config.data, "train"):
-        train = objects.open_examples(config.data, "train", masks=model.masks)
+    evaluation = sources.open_examples(config.data, "eval", masks=model.masks)
+    if sources.is_named(config.data, "train"):
+        train = sources.open_examples(config.data, "train", masks=model.masks)
         _check_classes(train, evaluation)
     else:  # enough to score a checkpoint; a run that trains says that it has no images
         train = evaluation.none()
     model = model.clone(num_classes=len(train.class_names))
     _check_batches(config)
     fields = {field.name: config.data[field.name] for field in dataclasses.fields(DetectionPreprocessing)}
-    how = DetectionPreprocessing(**fields)
+    preprocessing = DetectionPreprocessing(**fields)
     spec = {
         "task": "detection",
         "model": model.spec(),
@@ -60,7 +60,7 @@ def make_task(config: ConfigDict) -> Task:
         "preprocessing": fields,
     }
     truth = functools.cache(lambda: truth_of(evaluation, evaluation.annotations()))
-    data = pipeline.Training(config, train, how, masks=model.masks)
+    data = pipeline.Training(config, train, preprocessing, masks=model.masks)
     return Task(
         spec=spec,
         title=f"{config.model.name} (attention {config.model.attention})",
@@ -71,15 +71,15 @@ def make_task(config: ConfigDict) -> Task:
         shapes=partial(variable_shapes, model),
         init=partial(weights.initial_variables, model, spec, config),
         train_batches=data.batches,
-        eval_batches=partial(pipeline.eval_batches, config, evaluation, how),
+        eval_batches=partial(pipeline.eval_batches, config, evaluation, preprocessing),
         loss=partial(loss, model, config),
-        measure=partial(measure, model, how),
+        measure=partial(measure, model, preprocessing),
         evaluator=lambda: CocoEvaluator(truth(), masks=model.masks),
         describe=describe,
-        accepts=lambda meta: weights.check_class_names(meta, spec, "the checkpoint", config.data.match_classes),
-        costs=partial(_costs, model, config, how, data),
+        check_meta=lambda meta: weights.check_class_names(meta, spec, "the checkpoint", config.data.match_classes),
+        costs=partial(_costs, model, config, preprocessing, data),
         trainable=partial(trainable, frozen_stages=config.detection.frozen_stages),
-        pictures=_pictures(model, config, evaluation, how),
+        pictures=_pictures(model, config, evaluation, preprocessing),
         batch_statistics=config.detection.batch_norm == "trained",
         images_of=data.names,
     )
@@ -102,7 +102,7 @@ def _model(config: ConfigDict) -> Detector:
     )
 
 
-def _check_classes(train: objects.Examples, evaluation: objects.Examples) -> None:
+def _check_classes(train: sources.Examples, evaluation: sources.Examples) -> None:
     if train.class_names != evaluation.class_names:
         missing = sorted(set(train.class_names) ^ set(evaluation.class_names))
         raise UserError(
@@ -114,17 +114,17 @@ def _check_classes(train: objects.Examples, evaluation: objects.Examples) -> Non
 
 def _check_batches(config: ConfigDict) -> None:
     """Raises `UserError` unless a device's images divide into the groups whose extent is shared."""
-    how, accum = config.detection, config.optimizer.grad_accum_steps
+    settings, accum = config.detection, config.optimizer.grad_accum_steps
     local = config.batch_size // (jax.device_count() * accum)
-    if local % how.images_per_group:
+    if local % settings.images_per_group:
         raise UserError(
-            f"config.detection.images_per_group={how.images_per_group} does not divide the {local} images that a device "
+            f"config.detection.images_per_group={settings.images_per_group} does not divide the {local} images that a device "
             f"computes at once: take a divisor, or 1."
         )
-    if how.batch_norm == "trained" and how.frozen_stages:
+    if settings.batch_norm == "trained" and settings.frozen_stages:
         raise UserError(
             f"config.detection.batch_norm=trained also trains the stages that config.detection.frozen_stages="
-            f"{how.frozen_stages} freezes: set it to 0."
+            f"{settings.frozen_stages} freezes: set it to 0."
         )
 
 
@@ -136,14 +136,14 @@ def loss(
     Returns:
         The loss, and the new batch statistics with the sums of every part, of "positives" and of "recall".
     """
-    how = config.detection
-    size, train_norm = batch["image_size"], how.batch_norm == "trained"
+    settings = config.detection
+    size, train_norm = batch["image_size"], settings.batch_norm == "trained"
     images = prepared(batch["image"], size, config.data.mean, config.data.std, model.dtype)
-    extent = None if train_norm else _extent(size, how.images_per_group)
+    extent = None if train_norm else _extent(size, settings.images_per_group)
     index = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
     targets = Targets(batch["boxes"], batch["labels"], batch["count"], batch.get("masks"))
-    found, batch_stats = losses_and_statistics(
+    found, batch_stats = losses(
         model,
         variables,
         images,
@@ -151,14 +151,12 @@ def loss(
         keys,
         extent=extent,
         image_size=size,
-        frozen_stages=how.frozen_stages,
+        frozen_stages=settings.frozen_stages,
         train_norm=train_norm,
     )
     sums = {name: (part.sum(), count.sum()) for name, (part, count) in found.items()}
-    devices = lax.axis_size(AXIS)  # the trainer takes the mean over them
-    parts = (sums[name] for name in LOSSES if name in sums)
-    means = [part * devices / jnp.maximum(lax.psum(count, AXIS), 1) for part, count in parts]
-    return sum(means, start=jnp.float32(0)), (batch_stats, sums)
+    # The trainer takes the mean over the devices, and the losses of the devices add up.
+    return total(sums, AXIS) * lax.axis_size(AXIS), (batch_stats, sums)
 
 
 def _extent(sizes: jax.Array, group: int) -> jax.Array:
@@ -166,12 +164,12 @@ def _extent(sizes: jax.Array, group: int) -> jax.Array:
     return jnp.repeat(own_extent(sizes).reshape(-1, group, 2).max(1), group, axis=0)
 
 
-def measure(model: Detector, how: DetectionPreprocessing, variables: Tree, batch: Batch) -> Tree:
+def measure(model: Detector, preprocessing: DetectionPreprocessing, variables: Tree, batch: Batch) -> Tree:
     """Of every image what the network finds in it, in its own pixels, with `index` and `original_size`."""
     size = batch["image_size"]
     scale = size.astype(jnp.float32) / batch["original_size"].astype(jnp.float32)
     scale = jnp.tile(scale[:, ::-1], 2)
-    found = detections(model, how, variables, batch["image"], size, scale)
+    found = detections(model, preprocessing, variables, batch["image"], size, scale)
     outputs = {name: x for name, x in found._asdict().items() if x is not None}
     return outputs | {"index": batch["index"], "original_size": batch["original_size"]}
 
@@ -184,9 +182,11 @@ def describe(scores: Scores) -> str:
     return f"loss {scores['loss']:.4f} ({parts}), proposals' recall {100 * scores['recall']:.1f} %"
 
 
-def _costs(model: Detector, config: ConfigDict, how: DetectionPreprocessing, data: pipeline.Training) -> dict[str, str]:
+def _costs(
+    model: Detector, config: ConfigDict, preprocessing: DetectionPreprocessing, data: pipeline.Training
+) -> dict[str, str]:
     each_block = model.with_backbone(trace_blocks_once=False)  # each is counted
-    height, width = how.bucket(how.min_size, how.max_size)
+    height, width = preprocessing.bucket(preprocessing.min_size, preprocessing.max_size)
     totals = summarize(each_block, height, width)
     shapes = ", ".join(f"{h}x{w}: {count}" for (h, w), count in data.counts().items())
     return {
@@ -197,16 +197,16 @@ def _costs(model: Detector, config: ConfigDict, how: DetectionPreprocessing, dat
     }
 
 
-def _pictures(model: Detector, config: ConfigDict, evaluation: objects.Examples, how: DetectionPreprocessing):
+def _pictures(model: Detector, config: ConfigDict, evaluation: sources.Examples, preprocessing: DetectionPreprocessing):
     """What draws the ground truth and the network's objects in the first evaluation images; None where not asked for."""
     if not config.visualize_every_epochs:
         return None
-    found_in = jax.jit(partial(measure, model, how))
+    found_in = jax.jit(partial(measure, model, preprocessing))
 
     def draw(variables: Tree) -> dict[str, np.ndarray]:
         drawn = {}
         for index in range(min(SHOWN_IMAGES, len(evaluation))):
-            row = pipeline.eval_row_of(evaluation, how, index)
+            row = pipeline.eval_row_of(evaluation, preprocessing, index)
             batch = jax.tree.map(lambda x: x[None], row)
             found = jax.tree.map(lambda x: np.asarray(x)[0], found_in(variables, batch))
             drawn[f"detections/{index}"] = _side_by_side(evaluation, index, found)[None]
@@ -215,7 +215,7 @@ def _pictures(model: Detector, config: ConfigDict, evaluation: objects.Examples,
     return draw
 
 
-def _side_by_side(evaluation: objects.Examples, index: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
+def _side_by_side(evaluation: sources.Examples, index: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
     """uint8 (H, 2 W, 3): the ground truth, and what the network found."""
     example = evaluation.read(index)
     pixels, count = pixels_of(example), int(found["count"])

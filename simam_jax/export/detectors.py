@@ -28,7 +28,7 @@ from simam_jax.detection.apply import detections, padded
 from simam_jax.export.agreement import Agreement, agreement
 from simam_jax.export.files import PLATFORMS, check, complete
 from simam_jax.ops.dispatch import lowering_for
-from simam_jax.preprocessing import STRIDE, DetectionPreprocessing, ImageLike, Resized
+from simam_jax.preprocessing import SIZE_DIVISOR, DetectionPreprocessing, ImageLike, Resized
 from simam_jax.rcnn import masks, proposals
 
 if TYPE_CHECKING:
@@ -80,26 +80,26 @@ def export(
         return agreement(_run(functools.partial(jax.jit(program), variables), read(written), images))
 
 
-def default_sizes(how: DetectionPreprocessing) -> list[Size]:
+def default_sizes(preprocessing: DetectionPreprocessing) -> list[Size]:
     """The largest lying and the largest upright size that images are padded to."""
-    largest = how.min_size, how.max_size
-    return list(dict.fromkeys((how.bucket(*largest), how.bucket(*reversed(largest)))))
+    largest = preprocessing.min_size, preprocessing.max_size
+    return list(dict.fromkeys((preprocessing.bucket(*largest), preprocessing.bucket(*reversed(largest)))))
 
 
 def about(predictor: "DetectorPredictor", sizes: Sequence[Size]) -> dict[str, Any]:
     """What a program that uses the export must know, as JSON."""
-    how = predictor.preprocessing
+    preprocessing = predictor.preprocessing
     return {
         "model": predictor.model.spec() | {"dtype": "float32"},
         "class_names": list(predictor.class_names),
         "category_ids": list(predictor.category_ids),
         "sizes": [list(size) for size in sizes],
         "preprocessing": {
-            "min_size": how.min_size,
-            "max_size": how.max_size,
+            "min_size": preprocessing.min_size,
+            "max_size": preprocessing.max_size,
             "resize": "the shorter side min_size long, the longer one at most max_size; bilinear, not antialiased",
-            "mean": list(how.mean),
-            "std": list(how.std),
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
             "normalised": "inside",
         },
         "thresholds": {
@@ -199,12 +199,12 @@ _HOW: dict[str, tuple[Callable[[Program, Any, Sequence[Size], Path], None], Call
 
 
 def _program(predictor: "DetectorPredictor") -> Program:
-    model, how = predictor.model.with_backbone(dtype=jnp.dtype(jnp.float32)), predictor.preprocessing
+    model, preprocessing = predictor.model.with_backbone(dtype=jnp.dtype(jnp.float32)), predictor.preprocessing
 
     def program(variables: Any, pixels: jax.Array, extent: jax.Array) -> Found:
         sizes = jnp.clip(extent, 1, jnp.array(pixels.shape[1:3]))  # rows that a server fills up with are often 0
         scale = jnp.ones((pixels.shape[0], 4))
-        found: Any = detections(model, how, variables, pixels, sizes, scale)  # pyright: ignore[reportArgumentType]
+        found: Any = detections(model, preprocessing, variables, pixels, sizes, scale)  # pyright: ignore[reportArgumentType]
         return {name: x for name, x in found._asdict().items() if x is not None}
 
     return program
@@ -212,25 +212,27 @@ def _program(predictor: "DetectorPredictor") -> Program:
 
 def _checked(sizes: Sequence[Size]) -> list[Size]:
     for height, width in sizes:
-        if min(height, width) < STRIDE or height % STRIDE or width % STRIDE:
-            raise errors.UserError(f"A size must be of multiples of {STRIDE}, got {height}x{width} (height, width).")
+        if min(height, width) < SIZE_DIVISOR or height % SIZE_DIVISOR or width % SIZE_DIVISOR:
+            raise errors.UserError(
+                f"A size must be of multiples of {SIZE_DIVISOR}, got {height}x{width} (height, width)."
+            )
     if not sizes:
         raise errors.UserError("There are no sizes to export.")
     return list(dict.fromkeys(sizes))
 
 
 def _images(
-    how: DetectionPreprocessing, sizes: Sequence[Size], photographs: Iterable[ImageLike]
+    preprocessing: DetectionPreprocessing, sizes: Sequence[Size], photographs: Iterable[ImageLike]
 ) -> dict[Size, list[np.ndarray]]:
     """For each size a drawn and a black image, and the resized photographs that are padded to it."""
     rng = np.random.default_rng(0)
-    black = np.zeros((STRIDE, STRIDE, 3), np.uint8)
+    black = np.zeros((SIZE_DIVISOR, SIZE_DIVISOR, 3), np.uint8)
     images = {}
     for height, width in sizes:
-        squares = rng.integers(0, 256, (height // STRIDE, width // STRIDE, 3), np.uint8)
-        images[height, width] = [squares.repeat(STRIDE, 0).repeat(STRIDE, 1), black]
+        squares = rng.integers(0, 256, (height // SIZE_DIVISOR, width // SIZE_DIVISOR, 3), np.uint8)
+        images[height, width] = [squares.repeat(SIZE_DIVISOR, 0).repeat(SIZE_DIVISOR, 1), black]
     for photograph in photographs:
-        pixels = how(photograph).pixels
+        pixels = preprocessing(photograph).pixels
         height, width = pixels.shape[:2]
         fitting = [size for size in sizes if size[0] >= height and size[1] >= width]
         if not fitting:

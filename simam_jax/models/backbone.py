@@ -1,4 +1,4 @@
-"""A backbone: images to maps. It has no head."""
+"""What every backbone is: images to feature maps, without a head. `models.registry` names them."""
 
 import jax
 import jax.numpy as jnp

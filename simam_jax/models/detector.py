@@ -17,6 +17,7 @@ from simam_jax.models.resnet import ResNet
 from simam_jax.models.roi_heads import BoxHead, MaskHead
 from simam_jax.models.rpn import RPNHead, RPNOutputs
 from simam_jax.ops.roi_align import roi_align
+from simam_jax.preprocessing import SIZE_DIVISOR
 from simam_jax.rcnn.anchors import all_anchors, valid_anchors
 from simam_jax.rcnn.levels import NUM_LEVELS, level_of
 from simam_jax.rcnn.proposals import Detections, Proposals, detect, propose
@@ -120,7 +121,10 @@ class Detector(Network, kw_only=True):
     def proposals(
         self, levels: Sequence[jax.Array], outputs: RPNOutputs, sizes: Sizes, *, before_nms: int
     ) -> Proposals:
-        """The RPN's proposals for every image: (N, R, 4), (N, R), (N,). Anchors in the padding count too."""
+        """The RPN's proposals for every image: (N, R, 4), (N, R), (N,).
+
+        Anchors within the extent are candidates, those in the image's own padding too.
+        """
         maps = map_sizes(levels)
         grid = all_anchors(maps)
 
@@ -176,6 +180,11 @@ def sizes_of(images: jax.Array, extent: ArrayLike | None, image_size: ArrayLike 
         whole = jnp.broadcast_to(jnp.array(images.shape[1:3], jnp.int32), (images.shape[0], 2))
     image = _checked(image_size, images, "image_size")
     return Sizes(whole, whole if image is None else image)
+
+
+def own_extent(sizes: ArrayLike) -> jax.Array:
+    """(N, 2) int32: sizes rounded up to multiples of `SIZE_DIVISOR`, as the reference implementation pads an image alone."""
+    return -(-jnp.asarray(sizes) // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
 def map_sizes(levels: Sequence[jax.Array]) -> list[tuple[int, int]]:

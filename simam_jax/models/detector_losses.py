@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax.typing import ArrayLike
 
-from simam_jax.models.detector import Detector, Sizes, map_sizes, sizes_of, trainable
+from simam_jax.models.detector import Detector, Sizes, map_sizes, own_extent, sizes_of, trainable
 from simam_jax.models.rpn import RPNOutputs
 from simam_jax.ops.boxes import iou
 from simam_jax.rcnn.anchors import all_anchors, valid_anchors
@@ -22,7 +22,8 @@ from simam_jax.rcnn.sample import Sample, sample, with_targets
 
 BEFORE_NMS = 2000  # anchors of a level that become proposals at most, in training
 SAMPLED_ANCHORS = 256  # of an image, at most half of them positive; of rois at most a quarter
-_DIVISOR = 32  # the reference implementation pads every image to a multiple of this
+
+LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -55,59 +56,34 @@ def losses(
     image_size: ArrayLike | None = None,
     chosen: Chosen | None = None,
     frozen_stages: int = 1,
-) -> Sums:
-    """The parts of the loss, and two measures, of every image: by name (sum, count), each (N,) float32.
+    train_norm: bool = False,
+) -> tuple[Sums, Any]:
+    """The parts of the loss, and two measures, of every image.
 
-    The loss is the sum of `LOSSES` over the sums of a batch divided by the sums of their counts: `total`. Those that are
-    none of `LOSSES` are "positives", sampled rois that show an object, and "recall", the ground truth that a proposal
-    overlaps by half or more. Batch norm uses its running statistics. What is not `trainable` has gradients of 0, and proposals, matches and samples have none.
+    What is not `trainable` has gradients of 0; proposals, matches and samples have none.
 
     Args:
         variables: {"params": ..., "batch_stats": ...}.
         images, extent, image_size: as for `model.apply`. A detector with masks needs targets with masks.
         keys: (N,) random keys, one an image.
         frozen_stages: of the backbone, as for `trainable`.
-    """
-    return losses_and_statistics(
-        model,
-        variables,
-        images,
-        targets,
-        keys,
-        extent=extent,
-        image_size=image_size,
-        chosen=chosen,
-        frozen_stages=frozen_stages,
-    )[0]
+        train_norm: whether batch norm normalises by the statistics of this batch, over whole maps, padding too: there must
+            be no extent. Else it uses the running ones, as the reference implementation does.
 
-
-def losses_and_statistics(
-    model: Detector,
-    variables: Any,
-    images: jax.Array,
-    targets: Targets,
-    keys: jax.Array,
-    *,
-    extent: ArrayLike | None = None,
-    image_size: ArrayLike | None = None,
-    chosen: Chosen | None = None,
-    frozen_stages: int = 1,
-    train_norm: bool = False,
-) -> tuple[Sums, Any]:
-    """As `losses`, and the new "batch_stats"; {} without `train_norm`.
-
-    With `train_norm` batch norm normalises by the statistics of this batch, over whole maps, padding too: there must be no
-    extent. Without, it uses the running ones, as in the reference implementation.
+    Returns:
+        By name (sum, count), each (N,) float32, of which `total` makes the loss. Those that are none of `LOSSES` are
+        "positives", sampled rois that show an object, and "recall", the ground truth that a proposal overlaps by half or
+        more. And the new "batch_stats"; {} without `train_norm`.
     """
     chosen = chosen or Chosen()
-    frozen = partial(trainable, frozen_stages=frozen_stages)
-    variables = {**variables, "params": _without_frozen_gradients(variables["params"], frozen)}
+    is_trained = partial(trainable, frozen_stages=frozen_stages)
+    variables = {**variables, "params": _without_frozen_gradients(variables["params"], is_trained)}
     sizes = sizes_of(images, extent, image_size)
     levels, updates = model.apply(variables, images, extent, train_norm, method="pyramid", mutable=["batch_stats"])
     outputs = _of_variables(model, variables, "rpn", levels, extent)
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     # What the reference implementation pads an image to for itself; a tensor of several images may be larger.
-    padded = jnp.minimum(-(-sizes.image // _DIVISOR) * _DIVISOR, sizes.extent)
+    padded = jnp.minimum(own_extent(sizes.image), sizes.extent)
     found = _first_stage(map_sizes(levels), outputs, targets, padded, keys[:, 0], chosen.anchors)
 
     proposals = chosen.proposals
@@ -127,22 +103,28 @@ def losses_and_statistics(
     return found, updates["batch_stats"] if train_norm else {}
 
 
-LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
+def total(found: Sums, axis_name: str | None = None) -> jax.Array:
+    """The loss, a float32 number: the sum of `LOSSES`, each its sum divided by its count over all images.
 
-
-def total(found: Sums) -> jax.Array:
-    """The loss of these images together, a float32 number."""
-    parts = [found[name] for name in LOSSES if name in found]
-    return sum((part.sum() / jnp.maximum(count.sum(), 1) for part, count in parts), start=jnp.float32(0))
+    Args:
+        found: of `losses`, or its sums over images.
+        axis_name: the mapped axis that the images are sharded over, if any: the counts are those of all devices, and the
+            losses of the devices add up to that of the batch.
+    """
+    loss = jnp.float32(0)
+    for part, count in (found[name] for name in LOSSES if name in found):
+        count = count.sum() if axis_name is None else lax.psum(count.sum(), axis_name)
+        loss += part.sum() / jnp.maximum(count, 1)
+    return loss
 
 
 def _of_variables(model: Detector, variables: Any, method: str, *inputs: Any) -> Any:
     return model.apply(variables, *inputs, method=method)
 
 
-def _without_frozen_gradients(params: Any, trained: Callable[[Sequence[str]], bool]) -> Any:
+def _without_frozen_gradients(params: Any, is_trained: Callable[[Sequence[str]], bool]) -> Any:
     return unflatten_dict(
-        {path: x if trained(path) else lax.stop_gradient(x) for path, x in flatten_dict(params).items()}
+        {path: x if is_trained(path) else lax.stop_gradient(x) for path, x in flatten_dict(params).items()}
     )
 
 

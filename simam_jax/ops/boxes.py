@@ -1,6 +1,6 @@
 """Boxes: float32 x1, y1, x2, y2 in pixels, with x2 - x1 as the width.
 
-The only file that computes an intersection over union (IoU). Its decisions against a threshold equal those of float32
+The intersection over union (IoU) of everything that JAX computes. Its decisions against a threshold equal those of float32
 arithmetic operation by operation, on every platform and under jit: see `exact_product` and `exact_quotient`.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a box grows or shrinks at most by this factor
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # the log of the factor, 62.5, by which a box grows or shrinks at most
 
 
 def exact_product(a: jax.Array, b: jax.Array) -> jax.Array:

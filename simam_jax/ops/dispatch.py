@@ -25,8 +25,8 @@ _target: str | None = None
 def lowering_for(platform: str) -> Iterator[None]:
     """For the body, forms are chosen for `platform` (cpu, gpu, tpu) instead of this process's.
 
-    For compiling ahead for a device that is not here, or for the XLA that TensorFlow brings (tensorflow). JAX forgets at both ends what it has traced: it would be used again,
-    with the forms of the other platform.
+    For compiling ahead for a device that is not here, or for the XLA that TensorFlow brings (tensorflow). JAX forgets at
+    both ends what it has traced: it would be used again, with the forms of the other platform.
     """
     global _target
     previous, _target = _target, platform

@@ -1,6 +1,6 @@
-"""The extent of an image: the height and width that its tensor would have if it were padded for itself alone.
+"""The extent of an image: its size rounded up to a multiple of 32, as if it were padded alone (mmdetection's `pad_shape`).
 
-An image is padded further, to the size of its batch. SimAM takes its statistics over the whole map and convolutions
+An image is padded further, to the shape of its batch. SimAM takes its statistics over the whole map and convolutions
 carry their bias into the padding, so the further padding would change every pixel. It changes nothing if
 - what runs over the whole map (SimAM's mean, variance and count; other means and maxima) runs over the extent,
 - maps are zero beyond the extent before every spatial convolution and before the stem's pooling (`zero_beyond`),

@@ -80,11 +80,12 @@ def nms(
         num = (best > -jnp.inf).sum(dtype=jnp.int32)
         ordered = jnp.where(best > -jnp.inf, moved[places].T, 0)
 
-        def goes_on(of: tuple[jax.Array, ...]) -> jax.Array:
-            return (of[0] < num) & (of[-1] < most)
+        def goes_on(progress: tuple[jax.Array, ...]) -> jax.Array:
+            start, _, _, count = progress
+            return (start < num) & (count < most)
 
-        def next_block(of: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            start, kept, indices, count = of
+        def next_block(progress: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            start, kept, indices, count = progress
             block = lax.dynamic_slice_in_dim(ordered, start, size, axis=1)
 
             def cut(chunk: jax.Array, alive: jax.Array) -> jax.Array:

@@ -61,9 +61,9 @@ def roi_align(
     Returns:
         (N, R, size, size, C) of the maps' dtype; sums are float32.
     """
-    rois = jnp.asarray(rois, jnp.float32)
-    of = _Rois(*(lax.stop_gradient(jnp.asarray(x)) for x in (extents, rois, levels, valid)))
-    return _roi_align(tuple(jnp.asarray(x) for x in maps), of, size, stride, form)
+    boxes = jnp.asarray(rois, jnp.float32)
+    fixed = _Rois(*(lax.stop_gradient(jnp.asarray(x)) for x in (extents, boxes, levels, valid)))
+    return _roi_align(tuple(jnp.asarray(x) for x in maps), fixed, size, stride, form)
 
 
 class _Rois(NamedTuple):

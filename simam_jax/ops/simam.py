@@ -201,7 +201,8 @@ _simam.defvjp(_forward, _backward)
 def _gradient_in_two_passes(dy: jax.Array, x: jax.Array, stats: ChannelStats, axes: Axes) -> jax.Array:
     def terms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, dy = (each.astype(stats.mean.dtype) for each in (x, dy))
-        return gradient_terms(x, dy, *centred_and_weights(x, stats))
+        c, s = centred_and_weights(x, stats)
+        return c, *gradient_terms(x, dy, c, s)
 
     c, _, h = terms(x, dy)
     sums = h.sum(axes, keepdims=True), (h * c).sum(axes, keepdims=True)
@@ -236,7 +237,8 @@ def gradient_from_weights(
     shift, mean, inv = stats
     mu = shift + mean
     wide, dy = (each.astype(mean.dtype) for each in (x, dy))
-    c, through_x, h = gradient_terms(wide, dy, wide - shift - mean, s)
+    c = wide - shift - mean
+    through_x, h = gradient_terms(wide, dy, c, s)
     sum_h = _sum(h, axes)
 
     def from_c(x: jax.Array, h: jax.Array) -> jax.Array:
@@ -261,9 +263,9 @@ def _sum(x: jax.Array, axes: Axes) -> jax.Array:
     return merged.reshape(*x.shape[:before], *merged.shape[1:])
 
 
-def gradient_terms(x: jax.Array, dy: jax.Array, c: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """c, dy s and h: see `_backward`."""
-    return c, dy * s, dy * x * s * (1 - s) * c
+def gradient_terms(x: jax.Array, dy: jax.Array, c: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dy s and h: see `_backward`."""
+    return dy * s, dy * x * s * (1 - s) * c
 
 
 def input_gradient(

@@ -56,33 +56,33 @@ def simam_batch_norm(
     return form(x, shift, scale, bias, Settings(e_lambda, epsilon, group_moments, activation))
 
 
-def _unfused(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, of: Settings):
-    return _after_simam(simam(x, of.e_lambda, axes=(-2,)), shift, scale, bias, of)
+def _unfused(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, settings: Settings):
+    return _after_simam(simam(x, settings.e_lambda, axes=(-2,)), shift, scale, bias, settings)
 
 
-def _after_simam(y: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, of: Settings):
-    z, moments = batch_norm(y, shift, scale, bias, epsilon=of.epsilon, group_moments=of.group_moments)
-    return of.activation(z), moments
+def _after_simam(y: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, settings: Settings):
+    z, moments = batch_norm(y, shift, scale, bias, epsilon=settings.epsilon, group_moments=settings.group_moments)
+    return settings.activation(z), moments
 
 
 # ---- on CPUs
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _recompute_once(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, of: Settings):
-    return _forward_once(x, shift, scale, bias, of)[0]
+def _recompute_once(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, settings: Settings):
+    return _forward_once(x, shift, scale, bias, settings)[0]
 
 
-def _forward_once(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, of: Settings):
-    stats = channel_stats(x, of.e_lambda, (-2,))
-    return _after_simam(scale_by_attention(x, stats), shift, scale, bias, of), (x, stats, (shift, scale, bias))
+def _forward_once(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, settings: Settings):
+    stats = channel_stats(x, settings.e_lambda, (-2,))
+    return _after_simam(scale_by_attention(x, stats), shift, scale, bias, settings), (x, stats, (shift, scale, bias))
 
 
-def _backward_once(of: Settings, residuals: Any, cotangents: Any) -> Any:
+def _backward_once(settings: Settings, residuals: Any, cotangents: Any) -> Any:
     x, stats, others = residuals
     s = weights_after(cotangents[0], x, stats)
     y = (x * s).astype(x.dtype)
-    pullback: Any = jax.vjp(partial(_after_simam, of=of), y, *others)[1]
+    pullback: Any = jax.vjp(partial(_after_simam, settings=settings), y, *others)[1]
     dy, *of_others = pullback(cotangents)
     return gradient_from_weights(dy, x, s, stats, (-2,)), *of_others
 

@@ -26,9 +26,10 @@ def assign(
 ) -> tuple[jax.Array, jax.Array]:
     """The ground truth of each candidate by IoU (Ren et al., "Faster R-CNN", 2015, section 3.1.2).
 
-    A candidate takes the first ground truth of its largest IoU if that is at least `positive`, and is a negative below
-    `negative`. With `low_quality` each ground truth also takes the candidates of its own largest IoU if that is at
-    least `low_quality`; the last ground truth wins. One pass over the candidates for each real ground truth: no matrix.
+    A candidate is matched to the ground truth that it overlaps most, the first of equals, if their IoU is at least
+    `positive`; it is a negative if that IoU is below `negative`. With `low_quality` the candidates that overlap a ground
+    truth most are matched to it too, if their IoU is at least `low_quality`; the last ground truth wins. One pass over the
+    candidates for each real ground truth: no matrix.
 
     Args:
         candidates: (A, 4) float32 anchors or proposals.

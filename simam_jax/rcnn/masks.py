@@ -66,8 +66,8 @@ def _targets_by_bitmaps(
 ) -> jax.Array:
     height, width = packed.shape[1], packed.shape[2] * 8
 
-    def one_box(of: tuple[jax.Array, jax.Array]) -> jax.Array:
-        (x1, y1, x2, y2), index = of
+    def one_box(box_and_index: tuple[jax.Array, jax.Array]) -> jax.Array:
+        (x1, y1, x2, y2), index = box_and_index
         rows = weights(bins(y1, y2, SIZE, 1.0), SIZE, jnp.arange(height), extent[0])
         columns = weights(bins(x1, x2, SIZE, 1.0), SIZE, jnp.arange(width), extent[1])
         pixels = unpack(packed[index], width).astype(jnp.float32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simam_jax.rcnn.assign import NEGATIVE
+from simam_jax.rcnn.assign import IGNORED, NEGATIVE
 
 
 class Sample(NamedTuple):
@@ -37,10 +37,10 @@ def sample(matches: jax.Array, key: jax.Array, *, num: int, max_positive: int) -
         key: a random key of this image's own.
     """
     # One draw does for both, since no candidate is both. Floats: top_k of integers is far slower on CPUs.
-    luck = jax.random.uniform(key, matches.shape)
+    priority = jax.random.uniform(key, matches.shape)
 
     def choose(which: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-        _, indices = lax.top_k(jnp.where(which, luck, -1), min(most, matches.shape[0]))
+        _, indices = lax.top_k(jnp.where(which, priority, -1), min(most, matches.shape[0]))
         return indices.astype(jnp.int32), jnp.minimum(which.sum(dtype=jnp.int32), most)
 
     positives, num_positive = choose(matches > NEGATIVE, max_positive)
@@ -68,5 +68,5 @@ def with_targets(
         (G + R, 4) and (G + R,); the padding among the ground truth is ignored.
     """
     own = jnp.arange(targets.shape[0], dtype=matches.dtype)
-    own = jnp.where(own < count, own + 1, -1)
+    own = jnp.where(own < count, own + 1, IGNORED)
     return jnp.concatenate([targets, proposals]), jnp.concatenate([own, matches])

@@ -1,4 +1,4 @@
-"""What one wants to know before a long job: does it compile, does it fit, how long will it take."""
+"""`--mode check`: does it compile, does it fit, how long will it take; with a few updates, nothing is written."""
 
 import contextlib
 import itertools

@@ -79,7 +79,7 @@ class Checkpointer:
         Args:
             state: the state.
             meta: JSON; the step, the score, layouts and checksums are added.
-            score: what "best" means, if known; higher is better.
+            score: the value of `Task.best`, higher is better; None where no evaluation was made of this step.
 
         Raises:
             UserError: this save, or the one before, cannot be written.

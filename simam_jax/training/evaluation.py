@@ -1,4 +1,4 @@
-"""The whole evaluation set, every example once."""
+"""Evaluation: the scores of a task over its whole evaluation set, within a run or of a checkpoint."""
 
 from collections.abc import Callable
 from functools import partial
@@ -99,5 +99,5 @@ def _scored(run: Run, path: Path) -> tuple[Path, dict[str, Tree]]:
     """The items of the checkpoint at `path` that are scored."""
     like, held = run.task.shapes(), checkpoints.read_meta(path)["layouts"]
     items, meta = checkpoints.read(path, {item: like for item in ITEMS.values() if item in held}, run.task.spec)
-    run.task.accepts(meta)
+    run.task.check_meta(meta)
     return path, items

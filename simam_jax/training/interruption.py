@@ -25,10 +25,11 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
         if several:  # JAX's runtime catches SIGTERM, and lets the processes agree on the update after which they stop
             os.kill(os.getpid(), signal.SIGTERM)
 
-    names = [name for name in SIGNALS if not several or name != signal.SIGTERM]
-    previous = {name: signal.signal(name, handle) for name in names if signal.getsignal(name) != signal.SIG_IGN}
+    signals = [number for number in SIGNALS if not several or number != signal.SIGTERM]
+    ours = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in ours}
     try:
         yield multihost_utils.reached_preemption_sync_point if several else lambda _step: bool(caught)
     finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

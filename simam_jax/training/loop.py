@@ -60,7 +60,7 @@ def _train(run: Run, folder: Path, store: Checkpointer, progress: Progress, shou
     before, seen, scores = 0.0, 0, {}
     if restored:
         state, meta = restored
-        task.accepts(meta)
+        task.check_meta(meta)
         before, scores = meta["elapsed_seconds"], meta["scores"]
         seen = meta.get("images_seen", int(state.step) * meta["config"]["batch_size"])
         _report_changes(meta["config"], plain(config))

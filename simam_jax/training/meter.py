@@ -21,10 +21,10 @@ class Meter:
         self._run = run
         self._values: list[Mapping[str, Any]] = []  # what the update function returned
         self._step = step  # of the last report
-        self._updates = 0  # timed ones, in all
+        self._updates = 0  # of this process; the first, which compiles, is not timed
         self._timed = 0  # since the last report
         self._waited = 0.0
-        self._started = self._since = time.monotonic()
+        self._started = self._since = self._began = time.monotonic()
 
     def seconds_since_start(self) -> float:
         """Since this process began to train."""

@@ -15,6 +15,7 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 def steps_in(epochs: float, num_examples: int, batch_size: int) -> int:
     """Updates after which `epochs` passes over `num_examples` images are complete: every duration is resolved here."""
+    # Rounded, because an error in the last bit must not add an update.
     return math.ceil(round(epochs * num_examples / batch_size, 6))
 
 
@@ -82,12 +83,12 @@ def sgd(config: ConfigDict, rate: Schedule) -> optax.GradientTransformation:
         rate: the learning rate of each update.
     """
 
-    def kernels(params: optax.Params) -> optax.Params:
+    def decayed(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda p: config.decay_bn_and_bias or p.ndim > 1, params)
 
     clip = [optax.clip_by_global_norm(config.clip_global_norm)] if config.clip_global_norm else []
     return optax.chain(
         *clip,
-        optax.add_decayed_weights(config.weight_decay, mask=kernels),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.sgd(rate, momentum=config.momentum or None, nesterov=config.nesterov),
     )

@@ -1,4 +1,4 @@
-"""Images with objects in them: what every source of detection data opens."""
+"""The sources of detectors' data, by name in `config.data.source`, and what each opens: images with objects in them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

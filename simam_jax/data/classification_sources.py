@@ -1,4 +1,4 @@
-"""Records: where images come from, by the name of a source in `config.data.source`."""
+"""The sources of classifiers' data, by name in `config.data.source`, and what each opens: records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
