@@ -153,21 +153,29 @@ def _replaced(table: Any, names: list[str], value: Any) -> Iterator[None]:
             put(table, name, old)
 
 
-def _as_xla(*kinds: str) -> Callable[[], Any]:
-    return lambda: _replaced(convolution.CPU_FORMS, list(kinds), convolution.Forms(convolution.xla))
+def _as(kind: str, *forms: convolution.Form) -> Callable[[], Any]:
+    """That kind of convolution by other forms: the value's, the kernel's gradient's and the input's."""
+    return lambda: _replaced(convolution.CPU_FORMS, [kind], convolution.Forms(*forms))
 
 
 VARIANTS: dict[str, Callable[[], Any]] = {
     "all our forms": contextlib.nullcontext,
     "no form of ours": lambda: dispatch.lowering_for(PLATFORM),
-    "pointwise by XLA": _as_xla("pointwise"),
-    "3x3 by XLA": _as_xla("3x3"),
-    "strided 3x3 by XLA": _as_xla("strided"),
-    "images by XLA": _as_xla("image", "image 3x3"),
-    "depthwise by XLA": _as_xla("depthwise"),
+    "pointwise by XLA": _as("pointwise", convolution.xla),
+    "pointwise: no transposed kernel": _as("pointwise", convolution._pointwise),
+    "3x3 by XLA": _as("3x3", convolution.xla),
+    "3x3: nothing shared by the gradients": _as("3x3", convolution._winograd, convolution._winograd),
+    "strided 3x3 by XLA": _as("strided", convolution.xla),
+    "strided 3x3: im2col for the kernel's gradient alone": _as(
+        "strided", convolution.xla, convolution._im2col, convolution.xla
+    ),
+    "7x7 of images by XLA": _as("image", convolution.xla),
+    "3x3 of images by XLA": _as("image 3x3", convolution.xla),
+    "depthwise by XLA": _as("depthwise", convolution.xla),
     "moments in one form": lambda: _replaced(moments, ["_of_unshifted"], moments._of_shifted),
     "SimAM and batch norm apart": lambda: _replaced(simam_batch_norm, ["_recompute_once"], simam_batch_norm._unfused),
-    "max pooling by XLA": lambda: _replaced(pooling, ["_by_axes"], pooling.by_windows),
+    "max pooling by XLA": lambda: _replaced(pooling, ["_by_axes", "_by_slices"], pooling.by_windows),
+    "max pooling: the value by XLA": lambda: _replaced(pooling, ["_by_slices"], pooling.by_windows),
 }
 
 
