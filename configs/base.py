@@ -118,7 +118,7 @@ FIELDS: dict[str, Any] = {
             1, least=0
         ),  # those with the best score (classification: top-1; detection: AP, of masks if there are any), where an evaluation fell on them
     },
-    "distributed": {  # all empty: one process, or what JAX detects (see the README)
+    "distributed": {  # all empty: one process, or what JAX detects (see docs/train.md)
         "coordinator_address": text(""),  # HOST:PORT of process 0
         "num_processes": whole(0, least=0),
         "process_id": whole(-1, least=-1),

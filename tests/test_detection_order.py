@@ -8,7 +8,7 @@ import pytest
 
 from simam_jax import DetectionPreprocessing, UserError
 from simam_jax.data import buckets
-from simam_jax.data.buckets import Place
+from simam_jax.data.buckets import Draw
 
 SHAPES = [[(8, 12), (12, 8), (8, 8)][i] for i in np.random.default_rng(0).integers(0, 3, 50)]
 
@@ -51,7 +51,7 @@ def test_evaluation_shows_every_image_once_and_fills_up_the_last_batch_of_a_shap
         assert len({SHAPES[place.index] for place in places}) == 1
         assert set(places[real:]) <= set(places[:real])
         seen += places[:real]
-    assert sorted(seen) == [Place(0, i) for i in range(len(SHAPES))]
+    assert sorted(seen) == [Draw(0, i) for i in range(len(SHAPES))]
 
 
 def test_shapes_that_few_images_have_take_a_larger_one():
