@@ -1,5 +1,6 @@
 """Batches of classifiers' records: read and decoded in tf.data's threads, in order; what cannot be read is replaced or an error."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,9 +101,12 @@ class _Stream:
         return self.decode(self.records.read(index), epoch * 2**32 + index)
 
     def _from(self, step: int, load: Callable) -> Iterator[Batch]:
-        loaded = self.rows(step).map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        batches: Any = loaded.batch(self.share, drop_remainder=True).prefetch(self.prefetch).as_numpy_iterator()
-        return batches
+        loaded = self.rows(step).map(load, num_parallel_calls=os.cpu_count(), deterministic=True)
+        options = tf.data.Options()
+        # Its tuner can sleep through the end of an iterator, which then waits for it: up to a minute.
+        options.autotune.enabled = False
+        batches: Any = loaded.batch(self.share, drop_remainder=True).prefetch(self.prefetch).with_options(options)
+        return batches.as_numpy_iterator()
 
     def _mended(self, step: int, load: Callable) -> Batch:
         """A batch with unreadable images, one by one."""
