@@ -199,8 +199,9 @@ def test_the_training_commands_are_understood(command):
     assert (ROOT / recipe).is_file()
     chosen = dict(part.split("=") for part in choice.split(",") if part)
     assert understood["config"]["model"]["attention"] == chosen.get("attention", "simam")
-    for name, value in re.findall(r"--config\.([\w.]+)=(\S+)", command):
+    for name, value in re.findall(r"^--config\.([\w.]+)=(.+)$", "\n".join(arguments), re.MULTILINE):
         found = understood["config"]
         for part in name.split("."):
             found = found[part]
-        assert str(found) in (value, f"{value}.0"), name
+        found = f"({','.join(map(str, found))})" if isinstance(found, list) else str(found)
+        assert found in (value, f"{value}.0"), name
