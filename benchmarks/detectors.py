@@ -20,6 +20,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import measure
+from simam_jax.detection.apply import compiler_options
 from simam_jax.errors import run_cli
 from simam_jax.models import create_model, init_variables
 from simam_jax.models.detector import trainable
@@ -76,9 +77,10 @@ def _batch(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return images, boxes, rng.integers(0, CLASSES, (count, BOXES)).astype(np.int32), masks
 
 
-def _compiled(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _compiled(f: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
     start = time.perf_counter()
-    compiled = jax.jit(f, **options).lower(*args).compile()
+    jitted = jax.jit(f, donate_argnums=donate_argnums, compiler_options=compiler_options())
+    compiled = jitted.lower(*args).compile()
     plan: Any = compiled.memory_analysis()
     print(f"compiled in {time.perf_counter() - start:.1f} s, {plan.temp_size_in_bytes / 1e6:.0f} MB", flush=True)
     return compiled
@@ -103,25 +105,24 @@ def our_training(name: str, count: int, dtype: str = "float32") -> Callable[[], 
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-5, momentum=0.9))
 
     def step(params: Any, state: Any, key: jax.Array, rest: Any) -> tuple[Any, Any, jax.Array]:
-        variables, images, targets = rest
+        frozen, batch_stats, images, targets = rest
 
         def loss(params: Any) -> jax.Array:
-            held = {**variables, "params": unflatten_dict(frozen_of(variables) | params)}
-            return total(losses(model, held, images, targets, jax.random.split(key, len(images)))[0])
+            variables = {"params": unflatten_dict(frozen | params), "batch_stats": batch_stats}
+            return total(losses(model, variables, images, targets, jax.random.split(key, len(images)))[0])
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    def frozen_of(variables: Any) -> Any:
-        return {path: x for path, x in flatten_dict(variables["params"]).items() if not trainable(path)}
-
-    trained = {path: x for path, x in flatten_dict(variables["params"]).items() if trainable(path)}
-    params: Any = jax.tree.map(jnp.array, trained)
+    parameters = flatten_dict(variables["params"])
+    params: Any = {path: jnp.array(x) for path, x in parameters.items() if trainable(path)}
+    frozen = {path: x for path, x in parameters.items() if not trainable(path)}
     # Arguments, not constants: XLA would compute the frozen stem of the images while it compiles.
-    rest = jax.device_put((variables, images, targets))
+    rest = jax.device_put((frozen, variables["batch_stats"], images, targets))
+    del variables, parameters
     state, key = optimizer.init(params), jax.random.key(1)
-    compiled = _compiled(step, params, state, key, rest)
+    compiled = _compiled(step, params, state, key, rest, donate_argnums=(0, 1))
     held = [params, state]
 
     def update() -> jax.Array:

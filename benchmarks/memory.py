@@ -4,7 +4,7 @@ python -m benchmarks.memory [--model resnet50]
 python -m benchmarks.memory --model faster_rcnn_resnet50_fpn
 
 Of a classifier, what the compiled step needs beside its state. Of a detector, the most that a process holds while it makes its
-third update of one image of 800 x 1344 pixels: code, parameters, optimizer, and what compiling left behind. Linux only.
+third update of one image of 800 x 1344 pixels: code, parameters, optimizer, maps. Linux only.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import jax
 from benchmarks import detectors, measure, networks
 from simam_jax.errors import run_cli
 from simam_jax.models import list_models
+from simam_jax.training.program import release_freed
 
 PEERS = dict(detectors.NAMES.values())  # torchvision's names by ours
 
@@ -68,6 +69,7 @@ def _detector(name: str) -> None:
 def _peak(make: Callable[[], Callable[[], Any]]) -> float:
     """The megabytes that this process holds at most while it runs what `make` gives for the third time."""
     run = make()
+    release_freed()  # as the trainer does
     for _ in range(2):
         jax.block_until_ready(run())
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from simam_jax import errors, weights
 from simam_jax.classification.predictions import Predictions
-from simam_jax.detection.apply import detections, padded
+from simam_jax.detection.apply import compiler_options, detections, padded
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.masks import Masks
 from simam_jax.models import MODELS, Detector, Network
@@ -249,7 +249,7 @@ class DetectorPredictor(Predictor):
 
     @functools.cached_property
     def _jitted(self):
-        return jax.jit(self.detections)
+        return jax.jit(self.detections, compiler_options=compiler_options())
 
     def detections(self, variables: Any, pixels: jax.Array, sizes: jax.Array, scale: jax.Array) -> Any:
         """A pure function from padded images to what `model.apply` returns, for `jax.jit` and its like.

@@ -6,7 +6,7 @@ describes. To add one, write a function from a config to a `Task` and name it in
 
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -66,6 +66,7 @@ class Task:
             state, and never changes.
         batch_statistics: whether an update normalises by statistics of its own batch.
         images_of: from an update's index to the names of its images, for messages; None: they are not known.
+        compiler_options: of XLA, for the programs that train and measure.
         pictures: from variables on one device to pictures for TensorBoard, uint8 (N, H, W, 3) by name; None: there are
             none. Called on the first process only.
     """
@@ -89,6 +90,7 @@ class Task:
     trainable: Callable[[Path], bool] = lambda _path: True
     batch_statistics: bool = True
     images_of: Callable[[int], str] | None = None
+    compiler_options: dict[str, Any] = field(default_factory=dict)
     pictures: Callable[[Tree], Mapping[str, np.ndarray]] | None = None
 
 

@@ -82,9 +82,11 @@ def in_parts(monkeypatch):
     monkeypatch.setattr(convolution, "CACHE", 2**15)
 
 
-@pytest.fixture
-def large(monkeypatch, in_parts):  # noqa: ARG001
+@pytest.fixture(params=["small images", "large images"])
+def large(monkeypatch, in_parts, request):  # noqa: ARG001
     """Every convolution takes the form that large ones take on CPUs."""
+    if request.param == "large images":
+        monkeypatch.setattr(convolution, "BAND", 2**12)
     monkeypatch.setattr(convolution, "SMALL", 0)
     monkeypatch.setattr(convolution, "FEW", 4)
 
@@ -108,8 +110,16 @@ def test_convolve_is_the_convolution(kind, size, stride, channels, outputs, grou
     assert_like_the_reference(f, size, stride, channels, outputs, groups)
 
 
-def assert_like_the_reference(f, size, stride, channels, outputs, groups):
-    x, kernel = draw(size, channels, outputs, groups)
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("band", "height"), [(2**14, 9), (2**13, 10), (1, 9)])  # two bands, three, one for each tile
+def test_a_large_image_in_bands_is_the_convolution(monkeypatch, band, height):
+    monkeypatch.setattr(convolution, "BAND", band)
+    f = convolution.cpu_form("3x3", convolution.Geometry(1, 1, 1))
+    assert_like_the_reference(f, 3, 1, 6, 5, 1, height=height)
+
+
+def assert_like_the_reference(f, size, stride, channels, outputs, groups, height=9):
+    x, kernel = draw(size, channels, outputs, groups, height)
     geometry = {"stride": stride, "padding": size // 2, "groups": groups}
 
     @jax.jit

@@ -1,5 +1,6 @@
 """A detector applied to uint8 images that are padded to one shape, as evaluation, prediction and training see them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,23 @@ def detections(
     """
     images = prepared(pixels, sizes, preprocessing.mean, preprocessing.std, model.dtype)
     return model.apply(variables, images, own_extent(sizes), sizes, scale)
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """XLA's options for a program that applies a whole detector to images, or trains it.
+
+    XLA:CPU orders operations so that several could run at once. It then makes the zeros that gradients are added to, and
+    copies of large maps, long before their use. The order that needs the least memory is also the faster one here.
+    """
+    least_memory = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=least_memory).lower().compile()
+    except jax.errors.JaxRuntimeError:  # this XLA does not have the option
+        return {}
+    return least_memory
 
 
 def padded(images: Sequence[Resized], shape: tuple[int, int], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from simam_jax import models, weights
 from simam_jax.data import detection_sources as sources
 from simam_jax.detection import pipeline
-from simam_jax.detection.apply import detections, prepared
+from simam_jax.detection.apply import compiler_options, detections, prepared
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.drawing import SHOWN
 from simam_jax.detection.evaluation import CocoEvaluator, describe_scores, truth_of
@@ -82,6 +82,7 @@ def make_task(config: ConfigDict) -> Task:
         pictures=_pictures(model, config, evaluation, preprocessing),
         batch_statistics=config.detection.batch_norm == "trained",
         images_of=data.names,
+        compiler_options=compiler_options(),
     )
 
 
@@ -201,7 +202,7 @@ def _pictures(model: Detector, config: ConfigDict, evaluation: sources.Examples,
     """What draws the ground truth and the network's objects in the first evaluation images; None where not asked for."""
     if not config.visualize_every_epochs:
         return None
-    found_in = jax.jit(partial(measure, model, preprocessing))
+    found_in = jax.jit(partial(measure, model, preprocessing), compiler_options=compiler_options())
 
     def draw(variables: Tree) -> dict[str, np.ndarray]:
         drawn = {}

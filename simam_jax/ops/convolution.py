@@ -19,6 +19,7 @@ from simam_jax.ops.winograd import convolve_3x3
 
 CACHE = 2**23  # bytes: patches gathered at a time should stay in a CPU's caches
 SMALL = 2**21  # bytes of patches in all, up to which convolutions are left to XLA: other forms only compile longer
+BAND = 2**24  # bytes of Winograd's tiles at a time, where one image has more
 FEW = 8  # channels, as of an image: patches of fewer are gathered a few numbers at a time
 BLOCK = 32  # channels that a matrix product on a CPU should at least have
 
@@ -109,6 +110,25 @@ def _with_gradients(value: Bilinear, kernel_gradient: Bilinear, input_gradient: 
     return f
 
 
+def _unless_differentiated(value: Bilinear, otherwise: Bilinear) -> Bilinear:
+    """`value`, and where it is differentiated `otherwise`, another form of the same function."""
+
+    @jax.custom_jvp
+    def f(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return value(x, kernel)
+
+    @partial(f.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        varying = [i for i, dx in enumerate(tangents) if not isinstance(dx, jax.custom_derivatives.SymbolicZero)]
+
+        def of_varying(*inputs: jax.Array) -> jax.Array:
+            return otherwise(*(inputs[varying.index(i)] if i in varying else x for i, x in enumerate(primals)))
+
+        return jax.jvp(of_varying, [primals[i] for i in varying], [tangents[i] for i in varying])
+
+    return f
+
+
 def xla(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's own convolution."""
     stride, padding, groups = geometry
@@ -194,9 +214,18 @@ def _im2col_columns(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.
 
 
 def _winograd(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:  # noqa: ARG001 (3x3, stride 1)
-    """A 3x3 convolution by Winograd's tiles."""
+    """A 3x3 convolution by Winograd's tiles; with gradients, of a large image some rows at a time."""
     tile_bytes = 4 * x[0].size * x.dtype.itemsize  # 4x4 numbers for every 2x2
-    return _in_cache(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
+
+    def by_images(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _in_cache(lambda images: convolve_3x3(images, kernel), x, tile_bytes)
+
+    if tile_bytes <= BAND:
+        return by_images(x, kernel)
+
+    # Bands need a third of the memory and are faster to differentiate. The value alone is faster of whole images.
+    by_bands = jax.checkpoint(partial(convolve_3x3, bands=-(-tile_bytes // BAND)))
+    return _unless_differentiated(by_images, by_bands)(x, kernel)
 
 
 def _in_cache(f: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_each: int) -> jax.Array:

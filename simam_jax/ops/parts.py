@@ -1,10 +1,11 @@
-"""A batch in parts, one after the other: on CPUs, what is computed of a few images stays in the caches."""
+"""A batch, or an image, in parts, one after the other: on CPUs, what is computed of a few images or rows stays in the caches."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from simam_jax.ops.dispatch import choose
@@ -21,6 +22,13 @@ def in_parts(f: Callable[[jax.Array], Any], x: jax.Array, size: int) -> Any:
     """f(x) of x (N, ...), `size` images at a time; f returns arrays (n, ...) of n images."""
     parts = lax.map(f, x.reshape(-1, size, *x.shape[1:]))
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
+
+
+def overlapping_bands(x: jax.Array, step: int, overlap: int) -> jax.Array:
+    """x (N, B * step + overlap, ...) as bands of step + overlap rows, of which neighbours share `overlap`: (N * B, ...)."""
+    rows = x[:, : x.shape[1] - overlap].reshape(x.shape[0], -1, step, *x.shape[2:])
+    shared = jnp.stack([x[:, first::step] for first in range(step, step + overlap)], 2)
+    return jnp.concatenate((rows, shared), 2).reshape(-1, step + overlap, *x.shape[2:])
 
 
 def apply_in_parts(f: Callable[[jax.Array], Any], images: jax.Array) -> Any:

@@ -55,11 +55,12 @@ class Run:
             trainable=self.task.trainable,
             micro_batches=self.config.optimizer.grad_accum_steps,
             ema_decay=self.config.ema_decay,
+            compiler_options=self.task.compiler_options,
         )
 
     def eval_step(self) -> Callable[..., Any]:
         """The measure of an evaluation batch: see `step.make_eval_step`."""
-        return make_eval_step(self.task.measure, self.mesh)
+        return make_eval_step(self.task.measure, self.mesh, self.task.compiler_options)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says of itself beside its arrays: the task's spec and the config."""

@@ -60,11 +60,12 @@ def make_train_step(
     trainable: Callable[[Path], bool] = lambda _path: True,
     micro_batches: int = 1,
     ema_decay: float = 0.0,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Values]]:
     """The jitted update `step(state, batch) -> (state, values)`; `state` is donated.
 
     Args:
-        loss, trainable: a task's.
+        loss, trainable, compiler_options: a task's.
         optimizer, rate: the learning rate is used by the optimizer and reported.
         mesh: of `make_mesh`.
         micro_batches: into how many parts, one after the other, each device's part of a batch is cut.
@@ -135,9 +136,12 @@ def make_train_step(
         return state, {"sums": sums, "scalars": scalars}
 
     mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(P(), P()))
-    return jax.jit(mapped, donate_argnums=0)
+    return jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options)
 
 
-def make_eval_step(measure: Callable[[Tree, Batch], Tree], mesh: Mesh) -> Callable[[Tree, Batch], Tree]:
+def make_eval_step(
+    measure: Callable[[Tree, Batch], Tree], mesh: Mesh, compiler_options: dict[str, Any] | None = None
+) -> Callable[[Tree, Batch], Tree]:
     """The jitted `step(variables, batch) -> outputs`: what a task's `measure` gives for a sharded batch."""
-    return jax.jit(jax.shard_map(measure, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS)))
+    mapped = jax.shard_map(measure, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+    return jax.jit(mapped, compiler_options=compiler_options)
