@@ -77,10 +77,10 @@ def _batch(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return images, boxes, rng.integers(0, CLASSES, (count, BOXES)).astype(np.int32), masks
 
 
-def _compiled(f: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
+def _compiled(f: Any, *args: Any) -> Any:
+    """The jitted f, compiled for such arguments; says how long that took and what it plans."""
     start = time.perf_counter()
-    jitted = jax.jit(f, donate_argnums=donate_argnums, compiler_options=compiler_options())
-    compiled = jitted.lower(*args).compile()
+    compiled = f.lower(*args).compile()
     plan: Any = compiled.memory_analysis()
     print(f"compiled in {time.perf_counter() - start:.1f} s, {plan.temp_size_in_bytes / 1e6:.0f} MB", flush=True)
     return compiled
@@ -90,12 +90,12 @@ def our_inference(name: str, count: int, dtype: str = "float32") -> Callable[[],
     """Starts looking for objects in `count` images at each call."""
     model = create_model(name, dtype=dtype, trace_blocks_once=True)
     args = jax.device_put((init_variables(model, jax.random.key(0)), _batch(count)[0]))
-    compiled = _compiled(model.apply, *args)
+    compiled = _compiled(jax.jit(model.apply, compiler_options=compiler_options()), *args)
     return lambda: compiled(*args)
 
 
-def our_training(name: str, count: int, dtype: str = "float32") -> Callable[[], jax.Array]:
-    """Starts an update of `count` images at each call; what it gives is the loss."""
+def training_step(name: str, count: int, dtype: str = "float32") -> tuple[Any, Any, Any]:
+    """The jitted `step(state, batch) -> (state, loss)`, which the state is donated to, a state, and a batch of `count` images."""
     model = create_model(name, dtype=dtype, trace_blocks_once=True)
     variables = init_variables(model, jax.random.key(0))
     drawn = _batch(count)
@@ -104,29 +104,35 @@ def our_training(name: str, count: int, dtype: str = "float32") -> Callable[[], 
     targets = Targets(boxes, labels, jnp.full(len(images), BOXES), packed)
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-5, momentum=0.9))
 
-    def step(params: Any, state: Any, key: jax.Array, rest: Any) -> tuple[Any, Any, jax.Array]:
-        frozen, batch_stats, images, targets = rest
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        (params, opt_state), (frozen, batch_stats, key, images, targets) = state, batch
 
         def loss(params: Any) -> jax.Array:
             variables = {"params": unflatten_dict(frozen | params), "batch_stats": batch_stats}
             return total(losses(model, variables, images, targets, jax.random.split(key, len(images)))[0])
 
         value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
 
     parameters = flatten_dict(variables["params"])
     params: Any = {path: jnp.array(x) for path, x in parameters.items() if trainable(path)}
     frozen = {path: x for path, x in parameters.items() if not trainable(path)}
     # Arguments, not constants: XLA would compute the frozen stem of the images while it compiles.
-    rest = jax.device_put((frozen, variables["batch_stats"], images, targets))
-    del variables, parameters
-    state, key = optimizer.init(params), jax.random.key(1)
-    compiled = _compiled(step, params, state, key, rest, donate_argnums=(0, 1))
-    held = [params, state]
+    batch = jax.device_put((frozen, variables["batch_stats"], jax.random.key(1), images, targets))
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    return jitted, (params, optimizer.init(params)), batch
+
+
+def our_training(name: str, count: int, dtype: str = "float32") -> Callable[[], jax.Array]:
+    """Starts an update of `count` images at each call; what it gives is the loss."""
+    step, state, batch = training_step(name, count, dtype)
+    compiled = _compiled(step, state, batch)
+    held = [state]
+    del state
 
     def update() -> jax.Array:
-        held[0], held[1], value = compiled(*held, key, rest)
+        held[0], value = compiled(held[0], batch)
         return value
 
     return update

@@ -2,9 +2,10 @@
 
 python -m benchmarks.lowerings operations [--only NAME ...]
 python -m benchmarks.lowerings networks [--models resnet50 mobilenet_v2]
+python -m benchmarks.lowerings detectors [--models faster_rcnn_resnet50_fpn]
 
 `operations` times value and gradients of one operation at one shape, our form and XLA's in turns; `networks` compiles a whole
-training step with one kind of form replaced by XLA's. A form stays where it is worth 1.1 times of the operation and 2 % of some
+training step with one kind of form replaced by XLA's, and `detectors` that of one image of 800 x 1344. A form stays where it is worth 1.1 times of the operation and 2 % of some
 network's step, or 3 % of its memory.
 """
 
@@ -12,7 +13,7 @@ import argparse
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import measure, networks
+from benchmarks import detectors, measure, networks
 from simam_jax.errors import run_cli, unknown
 from simam_jax.models import init_variables
 from simam_jax.ops import convolution, dispatch, moments, pooling, simam, simam_batch_norm
@@ -45,18 +46,23 @@ CONVOLUTIONS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("operations", "networks"))
+    parser.add_argument("what", choices=("operations", "networks", "detectors"))
     parser.add_argument("--only", nargs="+", help="operations: those of these names")
-    parser.add_argument("--models", nargs="+", default=["resnet50", "mobilenet_v2"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="networks: these")
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *DETECTOR_VARIANTS])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if args.what == "operations":
         rows = [_operation(name, *forms, args.rounds) for name, forms in _operations(args.only or [])]
         measure.write("lowerings_operations", rows, batch_size=16, rounds=args.rounds)
-    else:
-        rows = [row for name in args.models for row in _network(name, args.variants, args.rounds)]
+    elif args.what == "networks":
+        models, variants = args.models or ["resnet50", "mobilenet_v2"], args.variants or VARIANTS
+        rows = [row for name in models for row in _network(name, _classifier, variants, args.rounds)]
         measure.write("lowerings_networks", rows, batch_size=16, image_size=224, rounds=args.rounds)
+    else:
+        models, variants = args.models or ["faster_rcnn_resnet50_fpn"], args.variants or DETECTOR_VARIANTS
+        rows = [row for name in models for row in _network(name, _detector, variants, args.rounds)]
+        measure.write("lowerings_detectors", rows, images=1, rounds=args.rounds)
 
 
 # ---- one operation
@@ -179,16 +185,34 @@ VARIANTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _network(name: str, variants: list[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each variant: all are compiled first, then they run in turns."""
+DETECTOR_VARIANTS: dict[str, Callable[[], Any]] = {
+    "all our forms": contextlib.nullcontext,
+    "3x3 by XLA": VARIANTS["3x3 by XLA"],
+    "3x3: large images whole": lambda: _replaced(convolution, ["BAND"], 2**62),
+    "strided 3x3 by XLA": VARIANTS["strided 3x3 by XLA"],
+    "XLA's own order": lambda: _replaced(detectors, ["compiler_options"], dict),
+}
+
+
+def _classifier(name: str) -> tuple[Any, Any, Any]:
+    """The jitted step of 16 images, its state and its batch."""
     mesh = steps.make_mesh()
     batch = jax.device_put(networks.batch_of(16, 224), steps.batch_sharded(mesh))
+    step, model, make_state = networks.train_step_on(mesh, name, "simam", 16)
+    return step, jax.device_put(make_state(init_variables(model, jax.random.key(0))), steps.replicated(mesh)), batch
+
+
+def _detector(name: str) -> tuple[Any, Any, Any]:
+    return detectors.training_step(name, 1)
+
+
+def _network(name: str, make: Callable, variants: Iterable[str], rounds: int) -> list[dict[str, Any]]:
+    """A row for each variant: all are compiled first, then they run in turns."""
     runs, rows = {}, []
     for variant in variants:
         jax.clear_caches()  # what was traced in another variant
-        with VARIANTS[variant]():
-            step, model, make_state = networks.train_step_on(mesh, name, "simam", 16)
-            state = jax.device_put(make_state(init_variables(model, jax.random.key(0))), steps.replicated(mesh))
+        with (VARIANTS | DETECTOR_VARIANTS)[variant]():
+            step, state, batch = make(name)
             start = time.perf_counter()
             lowered = step.lower(state, batch)
             traced = time.perf_counter()

@@ -24,6 +24,10 @@ TITLES = {
     ),
     "lowerings_operations": ("Our forms of operations over XLA's", "python -m benchmarks.lowerings operations"),
     "lowerings_networks": ("A training step with a form replaced", "python -m benchmarks.lowerings networks"),
+    "lowerings_detectors": (
+        "A detector's training step with a form replaced",
+        "python -m benchmarks.lowerings detectors",
+    ),
     "detection_ops": ("Detection's operations over torchvision's", "python -m benchmarks.detection_ops"),
     "detectors": ("Detectors over torchvision's", "python -m benchmarks.detectors"),
     "detection_pipeline": ("Detection's input, per CPU-second", "python -m benchmarks.detection_pipeline"),
@@ -55,6 +59,7 @@ PAGES = {
     "simam_jax/ops/README.md": (
         "lowerings_operations",
         "lowerings_networks",
+        "lowerings_detectors",
         "simam_op",
         "accelerator_simam",
         "traffic",

@@ -117,7 +117,8 @@ def test_detections_depend_neither_on_the_bucket_nor_on_the_batch():
 
     def check_same(found) -> None:
         check(jax.tree.map(lambda x: x[:1], found), boxes, labels)
-        np.testing.assert_allclose(found.boxes[0], alone.boxes[0], atol=5e-4)
+        # 1.5e-4 pixels of the network's input; the photograph, in whose pixels boxes are, is twice as large.
+        np.testing.assert_allclose(found.boxes[0], alone.boxes[0], atol=3e-4)
 
     for bucket in ((320, 320), (384, 640)):
         check_same(apply(variables, *inputs(pixels, bucket)))
