@@ -16,6 +16,7 @@ from simam_jax.models.network import Network
 from simam_jax.models.resnet import ResNet
 from simam_jax.models.roi_heads import BoxHead, MaskHead
 from simam_jax.models.rpn import RPNHead, RPNOutputs
+from simam_jax.ops.parts import apply_to_valid
 from simam_jax.ops.roi_align import roi_align
 from simam_jax.preprocessing import SIZE_DIVISOR
 from simam_jax.rcnn.anchors import all_anchors, valid_anchors
@@ -153,7 +154,13 @@ class Detector(Network, kw_only=True):
     ) -> jax.Array:
         """(N, R, 28, 28) float32: of each roi (N, R, 4) the mask of its class, `labels` (N, R)."""
         features = _features(levels, sizes, rois, valid, MASK_BINS)
-        logits = self.mask_head(features.reshape(-1, *features.shape[2:]), labels.reshape(-1))
+        rows = features.reshape(-1, *features.shape[2:]), labels.reshape(-1)
+        if self.is_initializing():
+            logits = self.mask_head(*rows)
+        else:
+            head, variables = self.mask_head.unbind()  # as a function, which loops and conditionals can take
+            of_rows: Any = partial(head.apply, variables)
+            logits = apply_to_valid(of_rows, valid.reshape(-1), *rows)
         return _in_float32(logits).reshape(*valid.shape, *logits.shape[1:])
 
     @nn.nowrap

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simam_jax.ops.dispatch import choose
+from simam_jax.ops.dispatch import choose, varying_as
 
+ROWS = 32  # that are computed at once where others may be none
 PIXELS = 2**19  # of images whose maps stay in a CPU's caches: eight of 224 x 224
 
 
@@ -47,3 +48,30 @@ def _in_cached_parts(f: Callable[[jax.Array], Any], images: jax.Array) -> Any:
     size = part_size(count, most)
     # Parts of half that size or less, of a batch that divides badly, would be slower than the whole.
     return f(images) if size == count or size <= most / 2 else in_parts(f, images, size)
+
+
+def apply_to_valid(f: Callable[..., jax.Array], valid: jax.Array, *rows: jax.Array) -> jax.Array:
+    """f(*rows), an array with a row for each of theirs; on CPUs some rows at a time, and zeros instead where none is valid.
+
+    Args:
+        f: each of its rows depends on that row of the inputs alone.
+        valid: (R,) bool.
+        rows: arrays (R, ...).
+    """
+    return choose(rows[0], _apply_to_all, cpu=_skip_invalid)(f, valid, *rows)
+
+
+def _apply_to_all(f: Callable[..., jax.Array], valid: jax.Array, *rows: jax.Array) -> jax.Array:  # noqa: ARG001
+    return f(*rows)
+
+
+def _skip_invalid(f: Callable[..., jax.Array], valid: jax.Array, *rows: jax.Array) -> jax.Array:
+    def of_part(part: tuple[jax.Array, ...]) -> jax.Array:
+        valid, *rows = part
+        result = jax.eval_shape(f, *rows)
+        nothing = varying_as(jnp.zeros(result.shape, result.dtype), *rows)
+        return lax.cond(valid.any(), f, lambda *_: nothing, *rows)
+
+    size = part_size(len(valid), ROWS)
+    y = lax.map(of_part, tuple(x.reshape(-1, size, *x.shape[1:]) for x in (valid, *rows)))
+    return y.reshape(-1, *y.shape[2:])
