@@ -25,6 +25,7 @@ from simam_jax import (
     weights,
 )
 from simam_jax.convert import write_state
+from simam_jax.detection.apply import compiler_options
 from simam_jax.detection.detections import Detections
 from simam_jax.detection.masks import Masks
 from simam_jax.models import init_variables
@@ -151,6 +152,10 @@ def test_every_size_fits_a_bucket(size):
     assert bucket[0] >= height
     assert bucket[1] >= width
     assert all(side % 32 == 0 for side in bucket)
+
+
+def test_this_xla_has_the_order_that_needs_the_least_memory():
+    assert compiler_options() or jax.default_backend() != "cpu"
 
 
 def test_six_buckets_hold_all_images_of_the_default_size():

@@ -19,7 +19,7 @@ from simam_jax.models import create_backbone, init_variables, variable_shapes
 from simam_jax.ops import parts
 from simam_jax.ops.activations import relu
 from simam_jax.ops.dispatch import lowering_for
-from simam_jax.ops.parts import apply_in_parts
+from simam_jax.ops.parts import apply_in_parts, apply_to_valid
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -249,6 +249,29 @@ def test_a_large_batch_is_computed_in_parts_on_cpus(monkeypatch):
         jax.eval_shape(partial(apply_in_parts, apply), images)
     jax.eval_shape(partial(apply_in_parts, apply), images[:5])  # parts of one image would be too small
     assert seen[2:] == [6, 5]
+
+
+def test_rows_that_are_not_valid_are_left_out(monkeypatch):
+    monkeypatch.setattr(parts, "ROWS", 4)
+    rows, weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(12, 3), (3, 5)]))
+    valid = jnp.arange(12) < 5  # of three parts the last has none
+    computed = []
+
+    def f(weights, x):
+        jax.debug.callback(lambda: computed.append(1))
+        return jnp.tanh(x @ weights)
+
+    @jax.jit
+    def everything(weights):
+        return jax.value_and_grad(lambda w: apply_to_valid(partial(f, w), valid, rows)[:5].sum())(weights)
+
+    expected = jax.value_and_grad(lambda w: jnp.tanh(rows[:5] @ w).sum())(weights)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), everything(weights), expected)
+    jax.effects_barrier()
+    assert len(computed) == 2
+    assert not apply_to_valid(partial(f, weights), valid, rows)[8:].any()
+    with lowering_for("gpu"):
+        assert apply_to_valid(partial(f, weights), valid, rows)[8:].any()
 
 
 def test_a_backbone_has_no_head_and_trains_its_scales_by_running_statistics():
