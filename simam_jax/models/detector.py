@@ -152,7 +152,7 @@ class Detector(Network, kw_only=True):
     def mask_logits(
         self, levels: Sequence[jax.Array], sizes: Sizes, rois: jax.Array, valid: jax.Array, labels: jax.Array
     ) -> jax.Array:
-        """(N, R, 28, 28) float32: of each roi (N, R, 4) the mask of its class, `labels` (N, R)."""
+        """(N, R, 28, 28) float32: of each roi (N, R, 4) the mask of its class, `labels` (N, R); not of those without `valid`."""
         features = _features(levels, sizes, rois, valid, MASK_BINS)
         rows = features.reshape(-1, *features.shape[2:]), labels.reshape(-1)
         if self.is_initializing():
